@@ -1,0 +1,106 @@
+"""What a stored chunk is called.
+
+A key is a chain of blake3 digests: root = H(namespace, request identity), key_i = H(key_{i-1},
+tokens of chunk i, what else the chunk shows the model). Every field is tagged and
+length-prefixed, so that no two different inputs share an encoding. Python's `hash` is not used;
+`docs/keys.md` specifies the bytes and `tests/core/test_keys.py` pins them.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, NewType
+
+from blake3 import blake3
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+ChunkKey = NewType("ChunkKey", bytes)
+"""32 bytes: two chunks share a key exactly when they may share KV bytes."""
+
+SCHEMA = 1
+"""Version of the key schema; part of every key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Namespace:
+    """Everything about a deployment that makes KV bytes not interchangeable."""
+
+    model: str
+    """Model id, with revision and whatever else selects its weights."""
+    generation: str = ""
+    """Weight generation: bump it to make everything stored before unreachable."""
+    dtype: str
+    """Element type of the KV cache, as the engine names it."""
+    layout: str
+    """Layout fingerprint (see `lmcache.core.layout`)."""
+    group: int = 0
+    """Cache group of the engine."""
+    parallel: str = ""
+    """The parallel slices whose bytes an object holds, e.g. `tp2.pp1`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Everything about one request, besides its tokens, that changes its KV bytes."""
+
+    lora: str = ""
+    """LoRA adapter: name and version."""
+    salt: str = ""
+    """Cache salt; requests with different salts never share."""
+
+
+@dataclass(frozen=True)
+class Insert:
+    """A stretch of placeholder tokens that stands for something else, e.g. an image."""
+
+    identifier: str
+    """Content hash of what is shown there, at full width."""
+    offset: int
+    """First token position."""
+    length: int
+    """Number of token positions."""
+
+
+def _field(tag: str, value: bytes) -> bytes:
+    name = tag.encode()
+    return struct.pack("<BQ", len(name), len(value)) + name + value
+
+
+def _encode(record: object) -> bytes:
+    parts = []
+    for field in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, field.name)
+        raw = b"i" + struct.pack("<q", value) if isinstance(value, int) else b"s" + value.encode()
+        parts.append(_field(f"{type(record).__name__}.{field.name}", raw))
+    return b"".join(parts)
+
+
+def root_key(namespace: Namespace, identity: Identity) -> ChunkKey:
+    """The key before the first token: equal only if both arguments are equal."""
+    digest = blake3(_field("lmcache.schema", struct.pack("<I", SCHEMA)))
+    digest.update(_encode(namespace))
+    digest.update(_encode(identity))
+    return ChunkKey(digest.digest())
+
+
+def next_key(
+    previous: ChunkKey, tokens: Sequence[int], start: int, inserts: Iterable[Insert] = ()
+) -> ChunkKey:
+    """The key of the chunk that holds `tokens`, the first of which is at position `start`.
+
+    `inserts` may name any stretches of the request; those that touch the chunk count. Token ids
+    must fit 32 bits, else `struct.error`.
+    """
+    body = struct.pack(f"<{len(tokens)}I", *tokens)
+    stop = start + len(tokens)
+    shown = b"".join(
+        _encode(Insert(i.identifier, i.offset - start, i.length))
+        for i in sorted(inserts, key=lambda i: (i.offset, i.length, i.identifier))
+        if i.offset < stop and i.offset + i.length > start
+    )
+    if not shown:
+        return ChunkKey(blake3(previous + body).digest())
+    return ChunkKey(blake3(previous + _field("tokens", body) + _field("inserts", shown)).digest())
