@@ -94,13 +94,11 @@ def next_key(
     `inserts` may name any stretches of the request; those that touch the chunk count. Token ids
     must fit 32 bits, else `struct.error`.
     """
-    body = struct.pack(f"<{len(tokens)}I", *tokens)
     stop = start + len(tokens)
     shown = b"".join(
         _encode(Insert(i.identifier, i.offset - start, i.length))
         for i in sorted(inserts, key=lambda i: (i.offset, i.length, i.identifier))
         if i.offset < stop and i.offset + i.length > start
     )
-    if not shown:
-        return ChunkKey(blake3(previous + body).digest())
-    return ChunkKey(blake3(previous + _field("tokens", body) + _field("inserts", shown)).digest())
+    body = struct.pack(f"<I{len(tokens)}I", len(tokens), *tokens)
+    return ChunkKey(blake3(previous + body + shown).digest())

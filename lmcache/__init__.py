@@ -1,0 +1,1 @@
+"""LMCache: keeps KV caches outside the engine that computed them."""
