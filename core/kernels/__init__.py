@@ -1,0 +1,1 @@
+"""Moving page bytes: `plan` says which runs, `host` and `device` copy them."""

@@ -1,0 +1,103 @@
+"""One engine joined to a decider: its movers, the slab they share, and the steps in the air."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lmcache.core.errors import HandoverError
+from lmcache.core.flights import Flights
+from lmcache.core.geometry import Geometry, combined_layout, pages_per_chunk
+from lmcache.core.handover import Grant, Visit, address_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lmcache.core.handover import Hello
+    from lmcache.core.tiers import Tiers
+    from lmcache.core.decider import Decider
+
+
+def geometry_of(hellos: list[Hello], chunk_size: int) -> Geometry:
+    """The objects of an engine with these movers. Raises `HandoverError` if they cannot share."""
+    page_tokens = {hello.page_tokens for hello in hellos}
+    if len(page_tokens) != 1:
+        raise HandoverError(f"movers have pages of {sorted(page_tokens)} tokens")
+    slices: dict[int, Hello] = {}
+    for hello in sorted(hellos, key=lambda hello: hello.number):
+        twin = slices.setdefault(hello.slice_index, hello)
+        if (twin.page_bytes, twin.fingerprint) != (hello.page_bytes, hello.fingerprint):
+            raise HandoverError(
+                f"movers {twin.number} and {hello.number} hold one slice in two layouts"
+            )
+    if sorted(slices) != list(range(len(slices))):
+        raise HandoverError(f"movers hold slices {sorted(slices)}; some are missing")
+    ordered = [slices[i] for i in range(len(slices))]
+    return Geometry(
+        page_tokens=ordered[0].page_tokens,
+        pages_per_chunk=pages_per_chunk(chunk_size, ordered[0].page_tokens),
+        slices=tuple(hello.page_bytes for hello in ordered),
+        layout=combined_layout([hello.fingerprint for hello in ordered]),
+    )
+
+
+@dataclass
+class Attachment:
+    """What the scheduling side of an engine holds while its cache works."""
+
+    decider: Decider
+    tiers: Tiers
+    geometry: Geometry
+    flights: Flights
+    visits: list[Visit]
+
+    @classmethod
+    def open(
+        cls,
+        engine_id: str,
+        movers: int,
+        chunk_size: int,
+        build: Callable[[Geometry], tuple[Decider, Tiers]],
+        timeout_s: float,
+    ) -> Attachment:
+        """Visit every mover, have `build` make the decider, and hand its slab to all of them.
+
+        Raises `HandoverError` if a mover is missing; then nothing has been built or is kept.
+        """
+        visits: list[Visit] = []
+        tiers: Tiers | None = None
+        try:
+            for number in range(movers):
+                visits.append(Visit(address_of(engine_id, number), timeout_s))
+            hellos = [visit.hello for visit in visits]
+            geometry = geometry_of(hellos, chunk_size)
+            decider, tiers = build(geometry)
+            writers = {hello.slice_index: hello.number for hello in reversed(hellos)}
+            for visit in visits:
+                visit.grant(
+                    Grant(
+                        slab_bytes=decider.slab.size,
+                        pages_per_chunk=geometry.pages_per_chunk,
+                        slices=geometry.slices,
+                        layout=geometry.layout,
+                        writes=writers[visit.hello.slice_index] == visit.hello.number,
+                    ),
+                    decider.slab.fd,
+                )
+        except BaseException:
+            for visit in visits:
+                visit.close()
+            if tiers:
+                tiers.close()
+            raise
+        return cls(decider, tiers, geometry, Flights(decider, geometry, movers), visits)
+
+    def is_whole(self) -> bool:
+        """Whether every mover is alive. Never blocks."""
+        return all(visit.is_alive() for visit in self.visits)
+
+    def close(self) -> None:
+        """Let go of the movers and the tiers. The slab goes with its last mapping."""
+        for visit in self.visits:
+            visit.close()
+        self.tiers.close()

@@ -1,0 +1,294 @@
+"""Holds the index, the leases and the slots, and decides every hit. Copies nothing.
+
+A slot's life: reserved (its bytes are being written, nobody sees it), complete (in the index,
+evictable unless leased), gone. One lock guards all of it; nothing slow happens under the lock.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lmcache.core.allocator import Allocator
+from lmcache.core.index import ABSENT, Index, Slot
+from lmcache.core.leases import Lease, Leases
+from lmcache.core.metrics import Counters
+from lmcache.core.objects import Description, start_header
+from lmcache.core.receipts import Reason, Receipt
+from lmcache.core.slab import CONTROL_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from lmcache.core.chain import KeyChain
+    from lmcache.core.eviction import EvictionPolicy
+    from lmcache.core.geometry import Geometry
+    from lmcache.core.keys import ChunkKey
+    from lmcache.core.slab import Slab
+
+REMEMBERED = 65_536
+"""How many evicted keys are remembered, to tell "evicted" from "never stored"."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """The longest prefix that can be restored now."""
+
+    slots: list[Slot]
+    lease: Lease | None
+    """Keeps `slots` in place; None if there are none."""
+    receipt: Receipt
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prefix."""
+        return self.receipt.tokens
+
+
+class Decider:
+    """Decides what is where in one slab, for any number of engines."""
+
+    def __init__(
+        self,
+        slab: Slab,
+        policy: EvictionPolicy,
+        *,
+        counters: Counters | None = None,
+        keep: bool = True,
+        lease_s: float = 300.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """With `keep` False a chunk leaves the slab as soon as nobody holds a lease on it."""
+        self.lock = threading.RLock()
+        self.slab = slab
+        self.counters = counters or Counters()
+        self.leases = Leases()
+        self.on_commit: Callable[[Slot, Geometry], None] | None = None
+        """Called under the lock for every slot that becomes complete with fresh bytes."""
+        self._policy = policy
+        self._keep = keep
+        self._lease_s = lease_s
+        self._clock = clock
+        self._index = Index()
+        self._allocator = Allocator(slab.size - CONTROL_BYTES, start=CONTROL_BYTES)
+        self._reserved: dict[ChunkKey, Slot] = {}
+        self._evicted: OrderedDict[ChunkKey, None] = OrderedDict()
+        self._generation = secrets.randbits(62)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes available to slots."""
+        return self._allocator.capacity
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes no slot occupies."""
+        return self._allocator.free_bytes
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, key: ChunkKey) -> bool:
+        return key in self._index
+
+    def find(self, key: ChunkKey) -> int:
+        """The entry of a complete chunk, or `ABSENT`. Valid while the lock is held or it is leased."""
+        return self._index.find(key)
+
+    # ---- reading
+
+    def lookup(self, owner: str, chain: KeyChain, geometry: Geometry, stop: int) -> Hit:
+        """Lease the longest stored prefix of the first `stop` tokens, in whole pages."""
+        started = time.perf_counter()
+        with self.lock:
+            self._expire()
+            entries, reason = self._walk(chain, stop)
+            slots = [self._index.slot(entry, chunk) for chunk, entry in enumerate(entries)]
+            lease = self.lease(owner, entries) if entries else None
+            tokens = sum(slot.pages for slot in slots) * geometry.page_tokens
+        size = sum(slot.pages for slot in slots) * geometry.page_bytes
+        spent = (time.perf_counter() - started) * 1e3
+        return Hit(slots, lease, Receipt(tokens, stop, reason, {"l1": tokens}, size, spent))
+
+    def _walk(self, chain: KeyChain, stop: int) -> tuple[list[int], Reason]:
+        entries: list[int] = []
+        chunk = 0
+        while (pages := chain.pages_in(chunk, stop)) > 0:
+            entry = self._index.find(chain.part(chunk, pages))
+            if entry == ABSENT:
+                entry, reason = self._shorter(chain, chunk, pages)
+                if entry != ABSENT:
+                    entries.append(entry)
+                return entries, reason
+            entries.append(entry)
+            chunk += 1
+        return entries, Reason.NONE if chunk else Reason.SHORT
+
+    def _shorter(self, chain: KeyChain, chunk: int, pages: int) -> tuple[int, Reason]:
+        """The longest stored tail of a chunk that is not stored whole, and why it is not."""
+        reason = self.why_absent(chain.part(chunk, pages))
+        for fewer in range(pages - 1, 0, -1):
+            entry = self._index.find(chain.tail(chunk, fewer))
+            if entry != ABSENT:
+                return entry, reason
+        return ABSENT, reason
+
+    def why_absent(self, key: ChunkKey) -> Reason:
+        """Why `key` is not in the slab."""
+        if key in self._reserved:
+            return Reason.BEING_WRITTEN
+        return Reason.EVICTED if key in self._evicted else Reason.NEVER_STORED
+
+    def lease(self, owner: str, entries: list[int]) -> Lease:
+        """Keep complete entries in place. The last ones become the first to be evicted later."""
+        for entry in reversed(entries):
+            self._index.pins[entry] += 1
+            self._policy.touch(entry)
+        lease = Lease(owner, list(entries), self._clock() + self._lease_s)
+        self.leases.add(lease)
+        return lease
+
+    def release(self, lease: Lease | None) -> None:
+        """End a lease. Ending it twice, or after its deadline, does nothing."""
+        with self.lock:
+            if lease is None or not self.leases.take(lease):
+                return
+            for entry in lease.entries:
+                self._unpin(entry)
+
+    # ---- writing
+
+    def reserve(
+        self, chain: KeyChain, geometry: Geometry, start: int, stop: int, *, tail: bool
+    ) -> tuple[list[Slot], Reason]:
+        """Slots for the chunks of tokens `start` .. `stop` that are neither stored nor coming.
+
+        `start` is rounded down to a chunk. With `tail`, a last chunk of fewer pages counts too.
+        The caller must `commit` or `abandon` each slot.
+        """
+        slots: list[Slot] = []
+        with self.lock:
+            for chunk in range(start // geometry.chunk_tokens, -(-stop // geometry.chunk_tokens)):
+                pages = chain.pages_in(chunk, stop)
+                if pages == 0 or (pages < geometry.pages_per_chunk and not tail):
+                    break
+                key = chain.part(chunk, pages)
+                if key in self._reserved:
+                    continue
+                if (entry := self._index.find(key)) != ABSENT:
+                    self._policy.touch(entry)
+                    continue
+                slot = self.place(key, geometry, pages, chunk)
+                if slot is None:
+                    return slots, Reason.NO_ROOM
+                slots.append(slot)
+        return slots, Reason.NONE
+
+    def place(self, key: ChunkKey, geometry: Geometry, pages: int, chunk: int) -> Slot | None:
+        """Reserve one slot, evicting what must go; None if all the rest is leased or reserved."""
+        size = geometry.slot_bytes(pages)
+        offset = self._room_for(size)
+        if offset is None:
+            self.counters.add("refused")
+            return None
+        self._generation += 1
+        slot = Slot(key, offset, size, self._generation, pages, chunk)
+        self._reserved[key] = slot
+        about = Description(key, geometry.layout, pages, pages * geometry.page_bytes)
+        start_header(self.slab.view[offset:], about)
+        return slot
+
+    def commit(self, slot: Slot, geometry: Geometry, *, fresh: bool = True) -> int:
+        """A reserved slot is complete: everybody may see it. Returns its entry.
+
+        `fresh` says that its bytes come from an engine, so that slower tiers lack them.
+        """
+        with self.lock:
+            del self._reserved[slot.key]
+            self._evicted.pop(slot.key, None)
+            entry = self._index.add(slot)
+            self._policy.add(entry, slot.key)
+            if fresh and self.on_commit:
+                self.on_commit(slot, geometry)
+            return entry
+
+    def abandon(self, slot: Slot) -> None:
+        """A reserved slot will never be complete, and nobody writes to it any more."""
+        with self.lock:
+            del self._reserved[slot.key]
+            self._allocator.free(slot.offset, slot.size)
+
+    def discard(self, key: ChunkKey, generation: int) -> None:
+        """Drop a complete chunk that turned out to be bad, unless it is leased or replaced."""
+        with self.lock:
+            entry = self._index.find(key)
+            if entry == ABSENT or self._index.generation[entry] != generation:
+                return
+            if self._index.pins[entry] == 0:
+                self._drop(entry, evicted=False)
+
+    def clear(self) -> int:
+        """Drop every chunk that is not leased; returns how many."""
+        with self.lock:
+            idle = [e for e in self._policy.victims() if self._index.pins[e] == 0]
+            for entry in idle:
+                self._drop(entry, evicted=False)
+            return len(idle)
+
+    # ---- below the lock
+
+    def pin(self, key: ChunkKey) -> int:
+        """Keep one complete entry in place until `unpin`."""
+        entry = self._index.find(key)
+        self._index.pins[entry] += 1
+        return entry
+
+    def unpin(self, entry: int) -> None:
+        """Undo one `pin`."""
+        with self.lock:
+            self._unpin(entry)
+
+    def _unpin(self, entry: int) -> None:
+        self._index.pins[entry] -= 1
+        if not self._keep and self._index.pins[entry] == 0:
+            self._drop(entry, evicted=False)
+
+    def _room_for(self, size: int) -> int | None:
+        while (offset := self._allocator.allocate(size)) is None:
+            victims = list(self._victims(size))
+            if not victims:
+                return None
+            for entry in victims:
+                self._drop(entry, evicted=True)
+                self.counters.add("evictions")
+        return offset
+
+    def _victims(self, size: int) -> Iterator[int]:
+        """The next entries to evict that together would hold `size` bytes."""
+        found = 0
+        for entry in self._policy.victims():
+            if self._index.pins[entry]:
+                continue
+            yield entry
+            found += self._index.size[entry]
+            if found >= size:
+                return
+
+    def _drop(self, entry: int, *, evicted: bool) -> None:
+        offset, size = self._index.offset[entry], self._index.size[entry]
+        self._policy.remove(entry, evicted=evicted)
+        key = self._index.remove(entry)
+        self._allocator.free(offset, size)
+        if evicted:
+            self._evicted[key] = None
+            if len(self._evicted) > REMEMBERED:
+                self._evicted.popitem(last=False)
+
+    def _expire(self) -> None:
+        for lease in self.leases.expired(self._clock()):
+            self.counters.add("expired_leases")
+            self.release(lease)

@@ -1,0 +1,96 @@
+"""What is in the air: copies that movers were told to make and have not finished.
+
+The decider and the movers share no queue: a step's instructions travel with the engine's own
+metadata, and a mover answers by writing the step's number into its word of the slab. A slot or a
+lease in the air is nobody else's until every mover has answered or is known to be dead.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lmcache.core.slab import MOVER_BYTES
+
+if TYPE_CHECKING:
+    from lmcache.core.decider import Decider
+    from lmcache.core.geometry import Geometry
+    from lmcache.core.index import Slot
+    from lmcache.core.leases import Lease
+
+
+@dataclass(frozen=True)
+class Flight:
+    """The copies of one step."""
+
+    number: int
+    stores: list[Slot]
+    """Reserved slots that the movers fill."""
+    loads: list[Lease]
+    loaded: list[Slot]
+    """The slots the movers read, all covered by `loads`."""
+
+
+class Flights:
+    """The steps sent to the movers of one engine, in order. Guarded by the decider's lock."""
+
+    def __init__(self, decider: Decider, geometry: Geometry, movers: int) -> None:
+        self._decider = decider
+        self._geometry = geometry
+        self._movers = range(movers)
+        self._air: deque[Flight] = deque()
+        self._sent = 0
+
+    def __len__(self) -> int:
+        return len(self._air)
+
+    def depart(self, stores: list[Slot], loads: list[Lease], loaded: list[Slot]) -> int:
+        """Put a step in the air and return its number. Every mover must be sent it."""
+        with self._decider.lock:
+            self._sent += 1
+            for lease in loads:
+                lease.in_flight = True
+            self._air.append(Flight(self._sent, stores, loads, loaded))
+            return self._sent
+
+    def settle(self) -> None:
+        """Commit what has landed and end its leases."""
+        if not self._air:
+            return
+        slab = self._decider.slab
+        landed = min(slab.read_word(mover * MOVER_BYTES) for mover in self._movers)
+        self._land(landed)
+
+    def ground(self) -> None:
+        """The movers are dead: whatever they had not completed never will be."""
+        self._land(self._sent)
+
+    def _land(self, number: int) -> None:
+        with self._decider.lock:
+            while self._air and self._air[0].number <= number:
+                flight = self._air.popleft()
+                for slot in flight.stores:
+                    self._finish(slot)
+                for lease in flight.loads:
+                    self._decider.release(lease)
+                for slot in flight.loaded:
+                    if not self._is_complete(slot):
+                        self._decider.counters.add("load_failures")
+                        self._decider.discard(slot.key, slot.generation)
+
+    def _finish(self, slot: Slot) -> None:
+        if self._is_complete(slot):
+            self._decider.commit(slot, self._geometry)
+            self._decider.counters.add("stored_tokens", slot.pages * self._geometry.page_tokens)
+            self._decider.counters.add("stored_bytes", slot.pages * self._geometry.page_bytes)
+        else:
+            self._decider.counters.add("store_failures")
+            self._decider.abandon(slot)
+
+    def _is_complete(self, slot: Slot) -> bool:
+        slab, geometry = self._decider.slab, self._geometry
+        return all(
+            slab.read_word(slot.offset + geometry.tag_offset(i)) == slot.generation
+            for i in range(len(geometry.slices))
+        )

@@ -1,0 +1,65 @@
+"""The shape of one engine's objects: what the decider must know about pages it never touches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from blake3 import blake3
+
+from lmcache.core.errors import ConfigError
+from lmcache.core.objects import HEADER_BYTES, TAGS
+from lmcache.core.slab import MAX_MOVERS, WORD
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Objects of an engine whose movers each hold a slice of every page."""
+
+    page_tokens: int
+    pages_per_chunk: int
+    slices: tuple[int, ...]
+    """Bytes of one page in each slice: one for each mover, or fewer where movers hold the same."""
+    layout: bytes
+    """Digest over the layouts of all slices."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.slices) <= MAX_MOVERS:
+            raise ConfigError(f"{len(self.slices)} slices; between 1 and {MAX_MOVERS} fit")
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a full chunk."""
+        return self.page_tokens * self.pages_per_chunk
+
+    @cached_property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all slices."""
+        return sum(self.slices)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(self.slices)]
+
+    def slot_bytes(self, pages: int) -> int:
+        """Bytes of an object of `pages` pages, header included."""
+        return HEADER_BYTES + pages * self.page_bytes
+
+    def payload_offset(self, index: int, pages: int) -> int:
+        """Where slice `index` starts inside an object of `pages` pages."""
+        return HEADER_BYTES + pages * self._starts[index]
+
+    def tag_offset(self, index: int) -> int:
+        """Where the word of slice `index` lies inside an object."""
+        return TAGS + index * WORD.size
+
+
+def pages_per_chunk(chunk_size: int, page_tokens: int) -> int:
+    """The pages of a chunk of `chunk_size` tokens, rounded up to whole pages."""
+    return -(-chunk_size // page_tokens)
+
+
+def combined_layout(fingerprints: list[str]) -> bytes:
+    """One digest for the layouts of all slices, in slice order."""
+    return blake3("\n".join(fingerprints).encode()).digest()

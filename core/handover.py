@@ -1,0 +1,201 @@
+"""How the processes of one engine come to share a slab.
+
+Each mover listens on a Unix socket whose name follows from the engine's id; it can do so before
+the decider exists. The decider connects, reads a `Hello` from every mover, reserves a slab that
+fits their pages, and answers each with a `Grant` and the slab's file descriptor. The connection
+stays open for as long as both live: its end is how each learns of the other's death.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import os
+import socket
+import struct
+import sys
+import tempfile
+import threading
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from lmcache.core.errors import HandoverError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PROTOCOL = 1
+MAX_MESSAGE = 64 * 1024
+_LENGTH = struct.Struct("<I")
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True):
+    """A mover introduces itself."""
+
+    protocol: int = PROTOCOL
+    number: int
+    """Its number among the engine's movers, from 0."""
+    page_tokens: int
+    page_bytes: int
+    fingerprint: str
+    slice_index: int
+    """The slice of every page it holds; movers with the same slice hold the same bytes."""
+    pid: int
+
+
+class Grant(msgspec.Struct, frozen=True, kw_only=True):
+    """The decider's answer, with the slab's file descriptor beside it."""
+
+    slab_bytes: int
+    pages_per_chunk: int
+    slices: tuple[int, ...]
+    layout: bytes
+    writes: bool
+    """Whether this mover is the one that stores its slice."""
+
+
+Message = TypeVar("Message", Hello, Grant)
+
+
+def address_of(engine_id: str, number: int) -> str:
+    """The socket address of one mover: abstract on Linux, so that no crash leaves a file."""
+    name = hashlib.blake2b(f"{engine_id}/{number}".encode(), digest_size=16).hexdigest()
+    if sys.platform == "linux":
+        return f"\0lmcache-{os.getuid()}-{name}"
+    return os.path.join(tempfile.gettempdir(), f"lmcache-{os.getuid()}-{name[:16]}.sock")
+
+
+def _send(sock: socket.socket, message: msgspec.Struct, fds: list[int] | None = None) -> None:
+    body = msgspec.msgpack.encode(message)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    frame = _LENGTH.pack(len(body)) + body
+    sent = sock.sendmsg([frame], rights)
+    sock.sendall(frame[sent:])
+
+
+def _receive(sock: socket.socket, kind: type[Message]) -> tuple[Message, list[int]]:
+    fds = array.array("i")
+    space = socket.CMSG_SPACE(fds.itemsize)
+    head, ancillary, _, _ = sock.recvmsg(_LENGTH.size, space)
+    for level, what, data in ancillary:
+        if level == socket.SOL_SOCKET and what == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    try:
+        (length,) = _LENGTH.unpack(head)
+        if length > MAX_MESSAGE:
+            raise HandoverError(f"a {kind.__name__} of {length} bytes is over {MAX_MESSAGE}")
+        body = b""
+        while len(body) < length and (part := sock.recv(length - len(body))):
+            body += part
+        return msgspec.msgpack.decode(body, type=kind), list(fds)
+    except (struct.error, msgspec.MsgspecError, HandoverError) as error:
+        for fd in fds:
+            os.close(fd)
+        raise HandoverError(f"no valid {kind.__name__} from the other process: {error}") from error
+
+
+def _same_user(sock: socket.socket) -> bool:
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True  # the socket file's mode guards it
+    packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", packed)
+    return bool(uid == os.getuid())
+
+
+class Door:
+    """A mover's side: waits for a decider, for as long as the process lives."""
+
+    def __init__(self, address: str, hello: Hello, granted: Callable[[Grant, int], None]) -> None:
+        """`granted(grant, fd)` is called on the door's thread and owns `fd` from then on."""
+        self._hello = hello
+        self._granted = granted
+        self._address = address
+        self._listener = socket.socket(socket.AF_UNIX)
+        try:
+            if not address.startswith("\0") and os.path.exists(address):
+                os.unlink(address)
+            self._listener.bind(address)
+            if not address.startswith("\0"):
+                os.chmod(address, 0o600)
+        except OSError as error:
+            self._listener.close()
+            raise HandoverError(f"cannot listen for the decider: {error}") from error
+        self._listener.listen(2)
+        threading.Thread(target=self._serve, name="lmcache-door", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._listener.close()
+        if not self._address.startswith("\0") and os.path.exists(self._address):
+            os.unlink(self._address)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            with sock:
+                if _same_user(sock):
+                    self._meet(sock)
+
+    def _meet(self, sock: socket.socket) -> None:
+        try:
+            _send(sock, self._hello)
+            grant, fds = _receive(sock, Grant)
+            if len(fds) != 1:
+                raise HandoverError(f"a grant came with {len(fds)} file descriptors")
+            self._granted(grant, fds[0])
+            sock.sendall(b"\1")
+            sock.recv(1)  # returns when the decider is gone
+        except (OSError, HandoverError):
+            return  # the decider sees the closed connection and says why
+
+
+class Visit:
+    """The decider's side of one connection."""
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        """Raises `HandoverError` if no mover listens there or none answers in time."""
+        self._sock = socket.socket(socket.AF_UNIX)
+        self._sock.settimeout(timeout_s)
+        try:
+            self._sock.connect(address)
+            if not _same_user(self._sock):
+                raise HandoverError("the mover belongs to another user")
+            self.hello, _ = _receive(self._sock, Hello)
+        except OSError as error:
+            self._sock.close()
+            raise HandoverError(f"no mover answers: {error}") from error
+        except HandoverError:
+            self._sock.close()
+            raise
+        if self.hello.protocol != PROTOCOL:
+            self._sock.close()
+            raise HandoverError(
+                f"mover speaks handover protocol {self.hello.protocol}, we speak {PROTOCOL}"
+            )
+
+    def grant(self, grant: Grant, fd: int) -> None:
+        """Hand over the slab; returns when the mover has mapped it."""
+        try:
+            _send(self._sock, grant, [fd])
+            if self._sock.recv(1) != b"\1":
+                raise HandoverError("the mover could not map the slab; its log says why")
+        except OSError as error:
+            raise HandoverError(f"the mover did not take the slab: {error}") from error
+
+    def is_alive(self) -> bool:
+        """Whether the mover's process still holds its end. Never blocks."""
+        self._sock.setblocking(False)
+        try:
+            return self._sock.recv(1) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """End the connection."""
+        self._sock.close()

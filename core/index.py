@@ -1,0 +1,94 @@
+"""Which chunk lies in which slot.
+
+Entries are dense integers into flat columns: a million Python objects would cost the collector
+more than the chunks are worth.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from lmcache.core.keys import ChunkKey
+
+ABSENT = -1
+
+
+class Slot(NamedTuple):
+    """A place in the slab that holds, or is to hold, one chunk."""
+
+    key: ChunkKey
+    offset: int
+    size: int
+    """Bytes of the object, header included."""
+    generation: int
+    """Unique for each reservation: bytes of another generation are another chunk's."""
+    pages: int
+    chunk: int
+    """Which chunk of its sequence it is."""
+
+
+class Index:
+    """Chunk key to entry, and what each entry knows about its slot."""
+
+    def __init__(self) -> None:
+        self._entry_of: dict[ChunkKey, int] = {}
+        self._free = array("i")
+        self.keys: list[ChunkKey | None] = []
+        self.offset = array("q")
+        self.size = array("q")
+        self.generation = array("q")
+        self.pages = array("H")
+        self.pins = array("H")
+
+    def __len__(self) -> int:
+        return len(self._entry_of)
+
+    def __contains__(self, key: ChunkKey) -> bool:
+        return key in self._entry_of
+
+    def find(self, key: ChunkKey) -> int:
+        """The entry of `key`, or `ABSENT`."""
+        return self._entry_of.get(key, ABSENT)
+
+    def add(self, slot: Slot) -> int:
+        """Record a complete slot and return its entry."""
+        if self._free:
+            entry = self._free.pop()
+            self.keys[entry] = slot.key
+            self.offset[entry], self.size[entry] = slot.offset, slot.size
+            self.generation[entry], self.pages[entry] = slot.generation, slot.pages
+        else:
+            entry = len(self.keys)
+            self.keys.append(slot.key)
+            self.offset.append(slot.offset)
+            self.size.append(slot.size)
+            self.generation.append(slot.generation)
+            self.pages.append(slot.pages)
+            self.pins.append(0)
+        self._entry_of[slot.key] = entry
+        return entry
+
+    def slot(self, entry: int, chunk: int) -> Slot:
+        """The slot of an entry, as chunk number `chunk` of some sequence."""
+        key = self.keys[entry]
+        assert key is not None, "a live entry has a key"
+        return Slot(
+            key,
+            self.offset[entry],
+            self.size[entry],
+            self.generation[entry],
+            self.pages[entry],
+            chunk,
+        )
+
+    def remove(self, entry: int) -> ChunkKey:
+        """Forget an entry, whose number may be given out again."""
+        key = self.keys[entry]
+        assert key is not None, "entry removed twice"
+        assert self.pins[entry] == 0, "a pinned entry was removed"
+        self.keys[entry] = None
+        del self._entry_of[key]
+        self._free.append(entry)
+        return key

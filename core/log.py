@@ -1,0 +1,23 @@
+"""The one place where log lines get their shape."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+_FORMAT = "[%(asctime)s] LMCache %(levelname)s: %(message)s (%(filename)s:%(lineno)d:%(name)s)"
+
+
+def init_logger(name: str) -> logging.Logger:
+    """A logger below `lmcache` that writes to standard error at level `LMCACHE_LOG_LEVEL`.
+
+    An application that has set up handlers for `lmcache` itself keeps them.
+    """
+    root = logging.getLogger("lmcache")
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(_FORMAT))
+        root.addHandler(handler)
+        root.setLevel(os.environ.get("LMCACHE_LOG_LEVEL", "INFO").upper())
+        root.propagate = False
+    return logging.getLogger(name)

@@ -1,0 +1,80 @@
+"""Counters: plain integers where the work happens, collected when somebody asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from prometheus_client.core import Metric
+
+    from lmcache.core.receipts import Reason
+
+_HELP = {
+    "lookups": "Lookups by the reason they stopped",
+    "lookup_tokens": "Tokens looked up",
+    "hit_tokens": "Tokens found, by tier",
+    "stored_tokens": "Tokens whose chunks were committed",
+    "stored_bytes": "Bytes copied out of the engine",
+    "loaded_bytes": "Bytes copied into the engine",
+    "load_failures": "Chunks whose copy into the engine failed",
+    "store_failures": "Chunks whose copy out of the engine failed",
+    "evictions": "Chunks evicted from the slab",
+    "refused": "Chunks not stored because the slab was full of chunks in use",
+    "damaged": "Objects of a slower tier that failed their check",
+    "tier_errors": "Failed calls of a slower tier",
+    "tier_dropped": "Chunks not written to a slower tier because its queue was full",
+    "expired_leases": "Leases that outlived their deadline",
+}
+
+
+class Counters:
+    """Counts of one cache engine. Incremented under the engine's lock."""
+
+    def __init__(self) -> None:
+        self.values: Counter[tuple[str, str]] = Counter()
+
+    def add(self, name: str, amount: int = 1, label: str = "") -> None:
+        """Add to a counter; `label` tells a tier or a reason apart."""
+        assert name in _HELP, f"unknown counter {name}"
+        self.values[name, label] += amount
+
+    def looked_up(self, asked: int, hits: dict[str, int], reason: Reason) -> None:
+        """Count one lookup."""
+        self.add("lookups", label=reason.name.lower())
+        self.add("lookup_tokens", asked)
+        for tier, tokens in hits.items():
+            self.add("hit_tokens", tokens, tier)
+
+    def __getitem__(self, name: str) -> int:
+        """The sum over all labels."""
+        return sum(n for (found, _), n in self.values.items() if found == name)
+
+
+class CacheCollector(Collector):
+    """Presents one engine's counters and gauges to prometheus-client."""
+
+    def __init__(
+        self, engine: str, counters: Counters, gauges: Callable[[], dict[str, float]]
+    ) -> None:
+        self._engine = engine
+        self._counters = counters
+        self._gauges = gauges
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry at each scrape."""
+        for name, help_text in _HELP.items():
+            family = CounterMetricFamily(f"lmcache_{name}", help_text, labels=["engine", "kind"])
+            for (found, label), value in sorted(self._counters.values.copy().items()):
+                if found == name:
+                    family.add_metric([self._engine, label], value)
+            yield family
+        for name, level in self._gauges().items():
+            gauge = GaugeMetricFamily(f"lmcache_{name}", name.replace("_", " "), labels=["engine"])
+            gauge.add_metric([self._engine], level)
+            yield gauge

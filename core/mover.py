@@ -1,0 +1,113 @@
+"""Copies between an engine's pages and the slab, where the pages are. Decides nothing.
+
+A mover keeps no state that a restart would miss: each instruction says where a slot lies, which
+generation it must have and which pages it is for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from lmcache.core.kernels.host import HostCopier
+from lmcache.core.kernels.plan import Planner, Span
+from lmcache.core.slab import CONTROL_BYTES, MOVER_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lmcache.core.geometry import Geometry
+    from lmcache.core.layout import PageLayout
+    from lmcache.core.slab import Slab
+
+
+class Move(NamedTuple):
+    """Copy some pages of one slot. Plain integers: it crosses processes with the engine's own data."""
+
+    offset: int
+    """Where the slot lies in the slab."""
+    generation: int
+    slot_pages: int
+    """Pages in the whole slot."""
+    first: int
+    """The first page of the slot to copy."""
+    pages: list[int]
+    """Engine page ids."""
+
+
+class Mover:
+    """Copies one slice of every page, for one worker."""
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        geometry: Geometry,
+        slab: Slab,
+        *,
+        number: int = 0,
+        slice_index: int = 0,
+        writes: bool = True,
+        threads: int = 2,
+    ) -> None:
+        """`number` says which word of the slab is ours; `writes` is False where another mover
+        stores the same bytes."""
+        self.layout = layout
+        self._geometry = geometry
+        self._slab = slab
+        self._number = number
+        self._slice = slice_index
+        self._writes = writes
+        self._planner = Planner(layout)
+        self._copier = HostCopier(threads)
+
+    def store(self, moves: Sequence[Move], region: int | None = None) -> int:
+        """Copy pages into slots; returns the bytes copied. `publish` makes the slots complete."""
+        return self._copy(moves, region, to_slab=True) if self._writes else 0
+
+    def publish(self, moves: Sequence[Move]) -> None:
+        """Every region of `moves` has been stored."""
+        if self._writes:
+            for move in moves:
+                self._slab.write_word(self._tag(move), move.generation)
+
+    def load(self, moves: Sequence[Move], region: int | None = None) -> tuple[int, list[Move]]:
+        """Copy slots into pages: bytes copied, and the moves whose slot was not what was promised.
+
+        The pages of a failed move hold garbage. With `region`, only that one is copied.
+        """
+        good = [move for move in moves if self._is_there(move)]
+        size = self._copy(good, region, to_slab=False)
+        intact = {id(move) for move in good if self._is_there(move)}
+        return size, [move for move in moves if id(move) not in intact]
+
+    def finish(self, step: int) -> None:
+        """Tell the decider that every copy of `step` has ended, one way or the other."""
+        self._slab.write_word(self._number * MOVER_BYTES, step)
+
+    def close(self) -> None:
+        """End the copy threads and unmap the slab."""
+        self._copier.close()
+        self._slab.close()
+
+    def _tag(self, move: Move) -> int:
+        return move.offset + self._geometry.tag_offset(self._slice)
+
+    def _is_there(self, move: Move) -> bool:
+        return self._slab.read_word(self._tag(move)) == move.generation
+
+    def _copy(self, moves: Sequence[Move], region: int | None, *, to_slab: bool) -> int:
+        runs = self._planner.plan([self._span(move) for move in moves], region)
+        slab = runs.stored + np.int64(self._slab.address)
+        if to_slab:
+            self._copier.copy(slab, runs.engine, runs.length)
+        else:
+            self._copier.copy(runs.engine, slab, runs.length)
+        return runs.total_bytes
+
+    def _span(self, move: Move) -> Span:
+        last = move.offset + self._geometry.slot_bytes(move.slot_pages)
+        if move.offset < CONTROL_BYTES or last > self._slab.size:
+            raise IndexError(f"slot at {move.offset} lies outside the slab")
+        payload = move.offset + self._geometry.payload_offset(self._slice, move.slot_pages)
+        return Span(payload, move.slot_pages, move.first, move.pages)

@@ -1,0 +1,77 @@
+"""The bytes of one stored chunk: a header that describes itself, then the payload.
+
+The same bytes lie in a slot of the slab and in every storage tier, so that moving a chunk between
+them is one read or write. All integers are little-endian. The words from `TAGS` on belong to the
+slab: each mover writes the slot's generation into its own word when its share of the payload is
+complete; in a storage tier they mean nothing and no checksum covers them.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from xxhash import xxh3_64_intdigest
+
+from lmcache.core.slab import MAX_MOVERS, WORD
+
+if TYPE_CHECKING:
+    from lmcache.core.keys import ChunkKey
+
+MAGIC = b"LMCOBJ\r\n"
+VERSION = 1
+HEADER_BYTES = 128 + MAX_MOVERS * WORD.size
+"""640: the payload that follows stays aligned to 128 bytes."""
+TAGS = 128
+
+_FIXED = struct.Struct("<8sHHIQ32s32sQ")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a header says about its payload."""
+
+    key: ChunkKey
+    layout: bytes
+    """Digest over the layouts of all slices of the payload (32 bytes)."""
+    pages: int
+    payload_bytes: int
+
+
+def _write(view: memoryview, about: Description, checksum: int) -> None:
+    _FIXED.pack_into(
+        view,
+        0,
+        MAGIC,
+        VERSION,
+        HEADER_BYTES,
+        about.pages,
+        about.payload_bytes,
+        about.key,
+        about.layout,
+        checksum,
+    )
+
+
+def start_header(view: memoryview, about: Description) -> None:
+    """Write the header of an object whose payload is yet to come; no mover is done with it."""
+    _write(view, about, 0)
+    view[TAGS:HEADER_BYTES] = bytes(HEADER_BYTES - TAGS)
+
+
+def seal(view: memoryview, about: Description) -> None:
+    """Write the header of a complete object, with the checksum of its payload."""
+    payload = view[HEADER_BYTES : HEADER_BYTES + about.payload_bytes]
+    _write(view, about, xxh3_64_intdigest(payload))
+
+
+def is_intact(view: memoryview, about: Description) -> bool:
+    """Whether `view` holds exactly the object described, every byte of it as it was sealed."""
+    if len(view) != HEADER_BYTES + about.payload_bytes:
+        return False
+    expected = (MAGIC, VERSION, HEADER_BYTES, about.pages, about.payload_bytes)
+    *found, key, layout, checksum = _FIXED.unpack_from(view, 0)
+    if (*found, key, layout) != (*expected, about.key, about.layout):
+        return False
+    return bool(xxh3_64_intdigest(view[HEADER_BYTES:]) == checksum)

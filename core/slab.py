@@ -1,0 +1,64 @@
+"""The L1 memory: one region that several processes map."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+import tempfile
+
+WORD = struct.Struct("<Q")
+CONTROL_BYTES = 4096
+"""The slab's first bytes: one cache line of words per mover. Slots follow."""
+MOVER_BYTES = 64
+MAX_MOVERS = CONTROL_BYTES // MOVER_BYTES
+
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
+
+
+def _anonymous_file(size: int) -> int:
+    """A file without a name, so that no crash leaves one behind."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("lmcache-slab", os.MFD_CLOEXEC)
+    else:
+        handle, path = tempfile.mkstemp(prefix="lmcache-slab-")
+        os.unlink(path)
+        fd = handle
+    os.ftruncate(fd, size)
+    return fd
+
+
+class Slab:
+    """A mapping of `size` bytes. Reserved at once whatever its size; pages come on first touch."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        """Pass it to another process to share the memory. Owned by this object."""
+        self.size = size
+        self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | _NORESERVE)
+        self.view = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    @classmethod
+    def create(cls, size: int) -> Slab:
+        """Reserve a new slab of `size` bytes, all zero."""
+        return cls(_anonymous_file(size), size)
+
+    def read_word(self, offset: int) -> int:
+        """The 64-bit word at `offset`."""
+        value: int = WORD.unpack_from(self.view, offset)[0]
+        return value
+
+    def write_word(self, offset: int, value: int) -> None:
+        """Publish a 64-bit word; what was written before is visible to whoever reads it."""
+        WORD.pack_into(self.view, offset, value)
+
+    def close(self) -> None:
+        """Unmap. The memory goes when the last process that maps it has closed it."""
+        if self.fd < 0:
+            return
+        self.view.release()
+        self._map.close()
+        os.close(self.fd)
+        self.fd = -1
