@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmcache.core.errors import HandoverError
+from lmcache.core.errors import HandoverError, LMCacheError
 from lmcache.core.flights import Flights
 from lmcache.core.geometry import Geometry, combined_layout, pages_per_chunk
 from lmcache.core.handover import Grant, Visit, address_of
+
+from lmcache.core.log import init_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from lmcache.core.handover import Hello
     from lmcache.core.tiers import Tiers
     from lmcache.core.decider import Decider
+
+logger = init_logger(__name__)
 
 
 def geometry_of(hellos: list[Hello], chunk_size: int) -> Geometry:
@@ -101,3 +106,59 @@ class Attachment:
         for visit in self.visits:
             visit.close()
         self.tiers.close()
+
+
+class Joining:
+    """Keeps trying to be attached, on a thread of its own, so that the scheduler never waits."""
+
+    FIRST_WAIT_S = 2.0
+    PAUSES_S = (0.1, 0.3, 1.0, 3.0, 10.0)
+    WATCH_S = 0.5
+
+    def __init__(self, attach: Callable[[], Attachment]) -> None:
+        """`attach` is called until it succeeds, and again whenever a mover dies.
+
+        Returns after the first attempt or `FIRST_WAIT_S`, whichever comes first.
+        """
+        self._attach = attach
+        self._current: Attachment | None = None
+        self._tried = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lmcache-joining", daemon=True)
+        self._thread.start()
+        self._tried.wait(self.FIRST_WAIT_S)
+
+    def current(self) -> Attachment | None:
+        """The attachment, if there is one. Never blocks."""
+        return self._current
+
+    def close(self) -> None:
+        """Stop trying, and let go of what is attached."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stop.is_set():
+            try:
+                attachment = self._attach()
+            except LMCacheError as error:
+                if failures == 0:
+                    logger.warning("serving without a cache for now: %s", error)
+                pause = self.PAUSES_S[min(failures, len(self.PAUSES_S) - 1)]
+                failures += 1
+                self._tried.set()
+                self._stop.wait(pause)
+                continue
+            failures = 0
+            self._current = attachment
+            self._tried.set()
+            self._watch(attachment)
+
+    def _watch(self, attachment: Attachment) -> None:
+        while attachment.is_whole() and not self._stop.is_set():
+            self._stop.wait(self.WATCH_S)
+        if not self._stop.is_set():
+            logger.warning("a mover is gone; serving without a cache until it is back")
+        self._current = None
+        attachment.close()

@@ -19,17 +19,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lmcache.core.config_keys import Config, expected
-from lmcache.core.environment import (
-    PREFIX,
-    VARIABLES,
-    environment_flag,
-    is_ignored_extra,
-    is_ignored_key,
-    is_known_variable,
-    is_service_link,
-)
+from lmcache.core.environment import PREFIX, VARIABLES, environment_flag, is_service_link
 from lmcache.core.errors import ConfigError
 from lmcache.core.redact import redact_value
+from lmcache.core.upstream_names import is_ignored_extra, is_ignored_key, is_upstream_variable
 
 _log = logging.getLogger("lmcache")
 
@@ -136,9 +129,12 @@ def _read_file(path: str | None) -> Iterator[_Entry]:
 
 
 def _read_environment(env: Mapping[str, str]) -> Iterator[_Entry]:
-    for name in sorted(n for n in env if n.startswith(PREFIX) and not is_service_link(n, env)):
-        key = name.removeprefix(PREFIX).lower() if name.isupper() else name
-        if key in Config.model_fields or is_ignored_key(key) or not is_known_variable(name):
+    for name in sorted(name for name in env if name.startswith(PREFIX)):
+        rest = name.removeprefix(PREFIX)
+        key = rest.lower() if rest.isupper() else name
+        is_key = key in Config.model_fields or is_ignored_key(key)
+        is_known = is_key or name in VARIABLES or is_upstream_variable(rest)
+        if (is_key or not is_known) and not is_service_link(name, env):
             yield _Entry(name, key, env[name].strip(), f"environment variable {name}")
 
 

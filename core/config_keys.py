@@ -2,101 +2,35 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-from urllib.parse import quote, unquote
+from typing import Any
+from urllib.parse import quote
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
+from lmcache.core.config_types import (
+    Amount,
+    Directory,
+    Expected,
+    Flag,
+    Name,
+    Natural,
+    OptionalNumber,
+    OptionalText,
+    OptionalUrl,
+    Port,
+    Positive,
+    PositiveAmount,
+    Settings,
+    Text,
+    Urls,
+    split_directory,
+)
 from lmcache.core.redact import redact_value
 
 GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a value must be, for messages and for the documentation."""
-
-    text: str
-
-
-def _refuse_flag(value: object) -> object:
-    if isinstance(value, bool):
-        raise PydanticCustomError("flag", "a flag is not a number")
-    return value
-
-
-def _none_if_empty(value: object) -> object:
-    return None if isinstance(value, str) and value.lower() in ("", "none", "null") else value
-
-
-def _split_urls(value: object) -> object:
-    # a URL may hold commas of its own, so one ends only where the next scheme begins
-    if isinstance(value, str):
-        return tuple(filter(None, re.split(r"[\s,]+(?=[a-zA-Z][\w+.-]*://)", value.strip(" ,"))))
-    return () if value is None else value
-
-
-def _parse_mapping(value: object) -> object:
-    try:
-        return yaml.safe_load(value) if isinstance(value, str) else value
-    except yaml.YAMLError:
-        raise PydanticCustomError("mapping", "not a mapping") from None
-
-
-def _check_url(value: str) -> str:
-    if not re.match(r"[a-zA-Z][\w+.-]*://.", value):
-        raise PydanticCustomError("url", "not a URL")
-    return value
-
-
-def _split_directory(value: str) -> tuple[str, str]:
-    """The path and the options of a directory, given as a path or a `file://` URL."""
-    if not value.startswith("file://"):
-        return value, ""
-    path, _, options = value.removeprefix("file://").partition("?")
-    return unquote(path), options
-
-
-def _check_directory(value: str) -> str:
-    path, options = _split_directory(value)
-    if not path or "," in path or "://" in path or "max_size=" in options:
-        raise PydanticCustomError("directory", "not one directory")
-    return value
-
-
-_NUMBER = BeforeValidator(_refuse_flag)
-_OPTIONAL = BeforeValidator(_none_if_empty)
-
-Flag = Annotated[bool, Expected("true or false")]
-Text = Annotated[str, Expected("text")]
-Name = Annotated[str, Field(min_length=1), Expected("a name")]
-OptionalText = Annotated[str | None, _OPTIONAL, Expected("text, or none")]
-Natural = Annotated[int, _NUMBER, Field(ge=0), Expected("a whole number, 0 or more")]
-Positive = Annotated[int, _NUMBER, Field(gt=0), Expected("a whole number above 0")]
-OptionalNumber = Annotated[int | None, _OPTIONAL, _NUMBER, Expected("a whole number, or none")]
-Port = Annotated[int, _NUMBER, Field(ge=0, le=65535), Expected("a port, or 0")]
-Amount = Annotated[float, _NUMBER, Field(ge=0), Expected("a number, 0 or more")]
-PositiveAmount = Annotated[float, _NUMBER, Field(gt=0), Expected("a number above 0")]
-Url = Annotated[str, AfterValidator(_check_url)]
-OptionalUrl = Annotated[Url | None, _OPTIONAL, Expected("a URL like redis://host:6379, or none")]
-Urls = Annotated[tuple[Url, ...], BeforeValidator(_split_urls), Expected("a list of URLs")]
-Directory = Annotated[
-    Annotated[str, AfterValidator(_check_directory)] | None,
-    _OPTIONAL,
-    Expected("one directory, as a path or a file:// URL without max_size, or none"),
-]
-Settings = Annotated[
-    dict[str, Any] | None,
-    _OPTIONAL,
-    BeforeValidator(_parse_mapping),
-    Expected("a mapping, or none"),
-]
 
 
 class Config(BaseModel):
@@ -202,7 +136,7 @@ class Config(BaseModel):
         return (*disk, *self.l2, *remote)
 
     def _disk_url(self, directory: str) -> str:
-        path, options = _split_directory(directory)
+        path, options = split_directory(directory)
         size = f"max_size={round(self.max_local_disk_size * GIB)}"
         location = quote(str(Path(path).expanduser().absolute()))
         return f"file://{location}?{options}&{size}" if options else f"file://{location}?{size}"

@@ -33,6 +33,9 @@ class Leases:
     def __len__(self) -> int:
         return len(self._held)
 
+    def __contains__(self, lease: object) -> bool:
+        return isinstance(lease, Lease) and lease.number in self._held
+
     def __iter__(self) -> Iterator[Lease]:
         return iter(list(self._held.values()))
 

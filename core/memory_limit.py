@@ -73,7 +73,7 @@ def _cgroup_directories(root: Path) -> Iterator[tuple[Path, str]]:
             mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
         else:
             continue
-        # in a container the path may be the host's and not exist here; the mount is then our cgroup
-        cgroup = PurePosixPath("/", *(part for part in path.split("/") if part != ".."))
+        # a path that is the host's does not exist in a container, where the mount is our cgroup
+        cgroup = PurePosixPath("/") if ".." in path else PurePosixPath(path)
         for parent in (cgroup, *cgroup.parents):
             yield mount / parent.relative_to("/"), name

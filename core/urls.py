@@ -3,7 +3,7 @@
     file:///var/cache/kv?max_size=100GB&min_free=1GiB
 
 Options are checked when the URL is parsed, so that a misspelt one stops the start-up. No message
-made here repeats user, password or an option's value other than a size.
+made here repeats a user or a password.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, unquote_plus, urlsplit
 
 from lmcache.core.errors import ConfigError
+from lmcache.core.redact import redact_value
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -68,13 +69,6 @@ class Url:
             raise ConfigError(f"option {option!r}: {error}") from None
 
 
-def redact(url: str) -> str:
-    """`url` as it may be shown: without user, password and options."""
-    # up to the last @: a password may itself hold any character, however wrongly
-    shown = re.sub(r"(?<=://).*@", "***@", url, flags=re.DOTALL)
-    return re.split(r"[?#]", shown)[0]
-
-
 def parse_url(url: str, *, options: Collection[str] = ()) -> Url:
     """Parse `url`, which may carry each of `options` once and no other."""
     try:
@@ -83,17 +77,14 @@ def parse_url(url: str, *, options: Collection[str] = ()) -> Url:
         port = parts.port
     except ValueError:
         # not chained: the text of the original may quote the password
-        raise ConfigError(f"malformed URL {redact(url)!r}") from None
-    if not _SCHEME.match(url):
-        raise ConfigError(f"{redact(url)!r} is not a URL; write scheme://...")
-    if parts.fragment or any(_OPTION.fullmatch(name) is None for name, _ in query):
-        raise ConfigError(
-            f"malformed options in {redact(url)!r}; write '?', '#' and '@' elsewhere than around "
-            "options as %3F, %23 and %40"
-        )
+        raise ConfigError(f"malformed URL {redact_value(url)!r}") from None
     path = unquote(parts.path, errors="surrogateescape")
-    if "\0" in path:
-        raise ConfigError(f"a NUL in the path of {redact(url)!r}")
+    if not _SCHEME.match(url) or "\0" in path:
+        raise ConfigError(f"malformed URL {redact_value(url)!r}; write scheme://...")
+    if parts.fragment or not all(_OPTION.fullmatch(name) for name, _ in query):
+        raise ConfigError(
+            f"malformed options in {redact_value(url)!r}; write a '#' as %23 and a '?' as %3F"
+        )
     return Url(
         scheme=parts.scheme,
         host=parts.hostname or "",
@@ -130,10 +121,10 @@ def take_options(url: str, names: Collection[str]) -> tuple[str, dict[str, str]]
         if name not in names:
             kept.append(part)
         elif name in taken:
-            raise ConfigError(f"option {name!r} is given twice in {redact(url)!r}")
+            raise ConfigError(f"option {name!r} is given twice in {redact_value(url)!r}")
         else:
             taken[name] = unquote_plus(value)
     return "?".join(filter(None, (head, "&".join(kept)))), taken
 
 
-__all__ = ["Url", "parse_size", "parse_url", "redact", "take_options"]
+__all__ = ["Url", "parse_size", "parse_url", "take_options"]

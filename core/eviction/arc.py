@@ -56,28 +56,27 @@ class ARCPolicy(EvictionPolicy):
         self._trim()
 
     def victims(self) -> Iterator[int]:
-        lists = self._lists
-        left = [lists.size(_ONCE), lists.size(_AGAIN)]
+        left = self._lists.sizes.copy()
         last = [NONE, NONE]
         while any(left):
             number = _ONCE if left[_ONCE] > self._target or not left[_AGAIN] else _AGAIN
             left[number] -= 1
-            last[number] = lists.after(number, last[number])
+            last[number] = self._lists.after(number, last[number])
             yield last[number]
 
     def _adapt(self, ghost: int) -> None:
         # `ghost` has just lost the one that returned
-        step = max(1, self._ghosts.size(1 - ghost) // (self._ghosts.size(ghost) + 1))
+        step = max(1, self._ghosts.sizes[1 - ghost] // (self._ghosts.sizes[ghost] + 1))
         target = self._target + (step if ghost == _ONCE else -step)
-        self._target = min(max(target, 0), len(self._lists))
+        self._target = min(max(target, 0), sum(self._lists.sizes))
 
     def _trim(self) -> None:
-        room = max(len(self._lists), GHOSTS_AT_LEAST)
-        while (
-            self._ghosts.size(_ONCE) and self._lists.size(_ONCE) + self._ghosts.size(_ONCE) > room
-        ):
+        """Keep |T1| + |B1| and |B1| + |B2| within the cache size, as the paper does."""
+        ghosts = self._ghosts.sizes
+        room = max(sum(self._lists.sizes), GHOSTS_AT_LEAST)
+        while ghosts[_ONCE] and ghosts[_ONCE] + self._lists.sizes[_ONCE] > room:
             self._ghosts.drop(_ONCE)
-        while len(self._ghosts) > room:
+        while sum(ghosts) > room:
             self._ghosts.drop(_AGAIN)
 
 

@@ -16,40 +16,36 @@ NONE = -1
 GHOSTS_AT_LEAST = 16
 """How many ghosts a policy may keep even when fewer entries are resident."""
 
+_SPARE = 64
+
 
 def fit(column: array[int], index: int) -> None:
     """Make `column[index]` exist, at amortised O(1) and a sixteenth to spare; new cells are 0."""
-    missing = index + 1 - len(column)
-    if missing > 0:
-        column.extend(array(column.typecode, bytes(missing * column.itemsize)))
+    missing = index - len(column) + _SPARE
+    if missing >= _SPARE:
+        column.frombytes(bytes(missing * column.itemsize))
 
 
 def fingerprint(key: ChunkKey) -> int:
-    """64 bits of `key`; two keys that share them may be taken for one another by a `Ghosts`."""
+    """64 bits of `key`. Keys that share them are taken for one another, which costs a bad guess."""
     return int.from_bytes(key[:8], "little")
 
 
 class LinkedLists:
-    """`num_lists` lists, oldest item first, with every item on one of them at most.
+    """Lists of ints, oldest first, with every int on one of them at most.
 
-    Items index the columns, so they should be dense: whatever is below the largest costs 9 bytes.
+    The ints index the columns, so they should be dense: 9 bytes for each up to the largest.
     """
 
     def __init__(self, num_lists: int) -> None:
+        self.sizes = [0] * num_lists
+        """How many items each list has. For reading only."""
         self._oldest = [NONE] * num_lists
         self._newest = [NONE] * num_lists
-        self._sizes = [0] * num_lists
         self._older = array("i")
         self._newer = array("i")
-        # list number plus one, so that new cells are on no list
+        # list number plus one, so that a new cell is on no list
         self._owner = array("B")
-
-    def __len__(self) -> int:
-        return sum(self._sizes)
-
-    def size(self, number: int) -> int:
-        """How many items list `number` has."""
-        return self._sizes[number]
 
     def push(self, number: int, item: int) -> None:
         """Make `item`, which is on no list, the newest of list `number`."""
@@ -66,7 +62,7 @@ class LinkedLists:
         self._newer[item] = NONE
         self._newest[number] = item
         self._owner[item] = number + 1
-        self._sizes[number] += 1
+        self.sizes[number] += 1
 
     def remove(self, item: int) -> int:
         """Take `item` off its list and return which one it was."""
@@ -82,7 +78,7 @@ class LinkedLists:
         else:
             self._older[newer] = older
         self._owner[item] = 0
-        self._sizes[number] -= 1
+        self.sizes[number] -= 1
         return number
 
     def move(self, number: int, item: int) -> None:
@@ -91,7 +87,7 @@ class LinkedLists:
         self.push(number, item)
 
     def after(self, number: int, item: int = NONE) -> int:
-        """The next newer item of list `number` than `item`: the oldest after NONE, NONE at the end."""
+        """The next newer item of list `number`: the oldest after NONE, NONE after the newest."""
         return self._oldest[number] if item == NONE else self._newer[item]
 
     def walk(self, number: int) -> Iterator[int]:
@@ -103,7 +99,7 @@ class LinkedLists:
 
 
 class Ghosts:
-    """Fingerprints of evicted keys, on `num_lists` lists, oldest first, at 25 bytes each.
+    """Lists of fingerprints of evicted keys, oldest first, at 25 bytes each.
 
     They are found by linear hashing: each slot that is added splits one bucket, so that growing
     costs the same every time and never stops the world.
@@ -111,20 +107,14 @@ class Ghosts:
 
     def __init__(self, num_lists: int) -> None:
         self._lists = LinkedLists(num_lists)
+        self.sizes = self._lists.sizes
+        """How many fingerprints each list has. For reading only."""
         self._fingerprints = array("Q")
-        # a bucket is a chain of slots: the first slot by bucket, the next one by slot; the unused
-        # slots are one more chain
+        # slots are chained by bucket, and the unused ones in a chain of their own
         self._first = array("i", [NONE])
         self._next = array("i")
         self._unused = NONE
         self._mask = 1
-
-    def __len__(self) -> int:
-        return len(self._lists)
-
-    def size(self, number: int) -> int:
-        """How many fingerprints list `number` has."""
-        return self._lists.size(number)
 
     def push(self, number: int, fingerprint: int) -> None:
         """Remember `fingerprint` as the newest of list `number`."""
@@ -133,9 +123,11 @@ class Ghosts:
             slot = self._add_slot()
         else:
             self._unused = self._next[slot]
+        bucket = self._bucket(fingerprint)
         self._fingerprints[slot] = fingerprint
+        self._next[slot] = self._first[bucket]
+        self._first[bucket] = slot
         self._lists.push(number, slot)
-        self._chain(slot, self._bucket(fingerprint))
 
     def pop(self, fingerprint: int) -> int:
         """Forget `fingerprint` and return which list it was on, NONE if on none."""
@@ -152,44 +144,43 @@ class Ghosts:
 
     def _bucket(self, fingerprint: int) -> int:
         bucket = fingerprint & self._mask
-        # the upper half is not all there yet: what will go there waits in the lower one
+        # who belongs in a bucket that is still to be split off waits in the one it will come from
         return bucket if bucket < len(self._first) else bucket & (self._mask >> 1)
 
-    def _chain(self, slot: int, bucket: int) -> None:
-        self._next[slot] = self._first[bucket]
-        self._first[bucket] = slot
-
     def _add_slot(self) -> int:
-        slot = len(self._next)
-        self._next.append(NONE)
-        self._fingerprints.append(0)
         self._split()
-        return slot
+        self._fingerprints.append(0)
+        self._next.append(NONE)
+        return len(self._next) - 1
 
     def _split(self) -> None:
-        """Add a bucket and move there what waited for it."""
-        bucket = len(self._first)
-        if bucket > self._mask:
-            self._mask += bucket
-        waiting = bucket & (self._mask >> 1)
-        slot = self._first[waiting]
-        self._first[waiting] = NONE
-        self._first.append(NONE)
+        new = len(self._first)
+        if new > self._mask:
+            self._mask += new
+        half = self._mask >> 1
+        first, following = self._first, self._next
+        slot, stay, leave = first[new & half], NONE, NONE
         while slot != NONE:
-            following = self._next[slot]
-            self._chain(slot, self._bucket(self._fingerprints[slot]))
-            slot = following
+            after = following[slot]
+            if self._fingerprints[slot] & (half + 1):
+                following[slot], leave = leave, slot
+            else:
+                following[slot], stay = stay, slot
+            slot = after
+        first[new & half] = stay
+        first.append(leave)
 
     def _forget(self, slot: int) -> int:
+        following = self._next
         bucket = self._bucket(self._fingerprints[slot])
         at = self._first[bucket]
         if at == slot:
-            self._first[bucket] = self._next[slot]
+            self._first[bucket] = following[slot]
         else:
-            while self._next[at] != slot:
-                at = self._next[at]
-            self._next[at] = self._next[slot]
-        self._next[slot] = self._unused
+            while following[at] != slot:
+                at = following[at]
+            following[at] = following[slot]
+        following[slot] = self._unused
         self._unused = slot
         return self._lists.remove(slot)
 

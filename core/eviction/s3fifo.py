@@ -62,13 +62,13 @@ class S3FIFOPolicy(EvictionPolicy):
         queue = self._queues.remove(entry)
         if evicted and queue == _SMALL:
             self._ghosts.push(_SMALL, self._fingerprints[entry])
-        room = max(len(self._queues), GHOSTS_AT_LEAST)
-        while len(self._ghosts) > room:
+        room = max(sum(self._queues.sizes), GHOSTS_AT_LEAST)
+        while self._ghosts.sizes[_SMALL] > room:
             self._ghosts.drop(_SMALL)
 
     def victims(self) -> Iterator[int]:
         queues, uses = self._queues, self._uses
-        num_small, num_main = queues.size(_SMALL), queues.size(_MAIN)
+        num_small, num_main = queues.sizes
         # who is offered keeps its place, so the work of finding it is not done again next time
         small = main = NONE
         while num_small or num_main:

@@ -1,0 +1,216 @@
+"""The class vLLM loads: every hook it calls, and the wall that keeps our errors from the engine."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lmcache.adapters.vllm.scheduler import SchedulerSide
+from lmcache.adapters.vllm.step import Step
+from lmcache.adapters.vllm.translate import namespace_of
+from lmcache.adapters.vllm.worker import WorkerSide
+from lmcache.core.assembly import assemble
+from lmcache.core.attachment import Attachment, Joining
+from lmcache.core.config import load_config
+from lmcache.core.errors import LMCacheError
+from lmcache.core.log import init_logger
+from lmcache.plugins.manager import PluginManager
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from vllm.config import VllmConfig
+
+    from lmcache.core.config import Config
+
+logger = init_logger(__name__)
+
+Answer = TypeVar("Answer")
+
+TOLERATED = 3
+"""After so many unexpected errors the connector stays out of the way for good."""
+
+
+def guarded(
+    neutral: Callable[[], Answer],
+) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
+    """Log what goes wrong in a hook and answer `neutral()`: vLLM would end its engine otherwise."""
+
+    def wrap(hook: Callable[..., Answer]) -> Callable[..., Answer]:
+        @functools.wraps(hook)
+        def call(self: LMCacheConnectorV1Impl, *args: Any, **kwargs: Any) -> Answer:
+            if self.errors >= TOLERATED:
+                return neutral()
+            try:
+                return hook(self, *args, **kwargs)
+            except Exception:
+                self.errors += 1
+                logger.exception("error %d of %d in %s", self.errors, TOLERATED, hook.__name__)
+                return neutral()
+
+        return call
+
+    return wrap
+
+
+def nothing() -> None:
+    """The neutral answer of hooks that answer nothing."""
+
+
+class LMCacheConnectorV1Impl:
+    """vLLM's in-process connector: one instance where it schedules, one in every worker."""
+
+    def __init__(self, vllm_config: VllmConfig, role: Any, parent: Any) -> None:
+        """Raises `ConfigError` for a configuration that cannot be honoured."""
+        self.errors = 0
+        self._parent = parent
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config or {}
+        config = load_config(extra).config
+        self._worker: WorkerSide | None = None
+        self._scheduler: SchedulerSide | None = None
+        if role.name == "WORKER":
+            layerwise = config.use_layerwise and _layerwise_is_safe(vllm_config, extra)
+            self._worker = WorkerSide(vllm_config, parent._kv_cache_config, layerwise=layerwise)
+        else:
+            self._scheduler = _scheduler_side(vllm_config, config, extra)
+
+    # ---- worker
+
+    @guarded(nothing)
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """vLLM has allocated its pages."""
+        assert self._worker, "only workers have pages"
+        try:
+            self._worker.register_kv_caches(kv_caches)
+        except LMCacheError as error:
+            logger.error("LMCache is off for this engine: %s", error)
+
+    def bind_connector_metadata(self, step: Step) -> None:
+        """A step begins; `start_load_kv` follows in any case."""
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Load before the forward pass. An error here must not pass for a load that worked."""
+        step = self._parent._get_connector_metadata()
+        assert self._worker and isinstance(step, Step)
+        by_layer = getattr(forward_context, "attn_metadata", None) is not None
+        try:
+            self._worker.start_load(step, by_layer=by_layer)
+        except Exception:
+            self._count_error("start_load_kv")
+            self._worker.give_up()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Load one layer before its attention."""
+        assert self._worker
+        try:
+            self._worker.load_layer(layer_name)
+        except Exception:
+            self._count_error("wait_for_layer_load")
+            self._worker.give_up()
+
+    @guarded(nothing)
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Store one layer after its attention."""
+        assert self._worker
+        self._worker.store_layer(layer_name)
+
+    @guarded(nothing)
+    def wait_for_save(self) -> None:
+        """Store before vLLM may reuse the pages."""
+        assert self._worker
+        self._worker.finish()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Nothing is asynchronous here."""
+        return None, None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Pages that could not be filled; vLLM recomputes or fails their requests."""
+        assert self._worker
+        return self._worker.take_failed_pages()
+
+    def get_kv_events(self) -> list[Any]:
+        """Events for vLLM's KV event stream."""
+        return []
+
+    # ---- scheduler
+
+    @guarded(lambda: 0)
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> int | None:
+        """Tokens that can be loaded beyond vLLM's own; None to be asked again."""
+        assert self._scheduler
+        return self._scheduler.matched_tokens(request, num_computed_tokens)
+
+    @guarded(nothing)
+    def update_state_after_alloc(self, request: Any, num_external_tokens: int) -> None:
+        """vLLM has made room for a load."""
+        assert self._scheduler
+        self._scheduler.allocated(request, num_external_tokens)
+
+    @guarded(Step)
+    def build_connector_meta(self, scheduler_output: Any) -> Step:
+        """The copies that go with this step."""
+        assert self._scheduler
+        return self._scheduler.build(scheduler_output)
+
+    @guarded(lambda: (False, None))
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """A request ended; its pages are free at once, for all copies of it are done."""
+        assert self._scheduler
+        return False, self._scheduler.finished(request)
+
+    def shutdown(self) -> None:
+        """Let go of everything. vLLM's own wrapper never calls this; the process's end does it."""
+        for side in (self._scheduler, self._worker):
+            if side:
+                side.close()
+
+    def _count_error(self, where: str) -> None:
+        self.errors += 1
+        logger.exception("error %d of %d in %s", self.errors, TOLERATED, where)
+
+
+def _layerwise_is_safe(vllm_config: VllmConfig, extra: dict[str, Any]) -> bool:
+    """Whether vLLM will call the hooks of every layer: a full CUDA graph skips them."""
+    if (
+        extra.get("use_layerwise")
+        or vllm_config.model_config.enforce_eager
+        or vllm_config.device_config.device_type == "cpu"
+    ):
+        return True
+    logger.warning(
+        "use_layerwise is on, but CUDA graphs skip the hooks of the layers: loading whole; "
+        'add "use_layerwise": true to kv_connector_extra_config'
+    )
+    return False
+
+
+def _scheduler_side(
+    vllm_config: VllmConfig, config: Config, extra: dict[str, Any]
+) -> SchedulerSide:
+    transfer = vllm_config.kv_transfer_config
+    plugins = PluginManager()
+
+    def attach() -> Attachment:
+        attachment = Attachment.open(
+            transfer.engine_id,
+            vllm_config.parallel_config.world_size,
+            config.chunk_size,
+            lambda geometry: assemble(config, plugins.create_policy, plugins.open_backend),
+            timeout_s=5.0,
+        )
+        plugins.engine_started(transfer.engine_id)
+        return attachment
+
+    return SchedulerSide(
+        config,
+        namespace_of(vllm_config, config),
+        Joining(attach),
+        role=transfer.kv_role,
+        details=bool(extra.get("enable_cache_usage_details_in_response")),
+    )

@@ -1,0 +1,204 @@
+"""Where the pages are: every worker of vLLM. Runs on the worker's main thread."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import vllm
+from lmcache.adapters.vllm.step import Copy, Step
+from lmcache.adapters.vllm.translate import backends_of, layout_of, slice_of
+from lmcache.core.geometry import Geometry
+from lmcache.core.handover import Door, Grant, Hello, address_of
+from lmcache.core.log import init_logger
+from lmcache.core.mover import Move, Mover
+from lmcache.core.slab import Slab
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+
+    from lmcache.core.layout import PageLayout
+
+logger = init_logger(__name__)
+
+
+class WorkerSide:
+    """Copies pages as each step says, and reports the pages it could not fill."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, kv_cache_config: object, *, layerwise: bool
+    ) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._layerwise = layerwise
+        self._layout: PageLayout | None = None
+        self._regions: dict[str, int] = {}
+        self._door: Door | None = None
+        self._mover: Mover | None = None
+        self._step = Step()
+        self._loaded: set[int] = set()
+        self._stored: set[int] = set()
+        self._failed: set[int] = set()
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Learn the layout and wait, on another thread, for the scheduling side."""
+        backends = backends_of(self._vllm_config, kv_caches)
+        layout = layout_of(kv_caches, backends, self._kv_cache_config, vllm.__version__)
+        bases = {region.base: index for index, region in enumerate(layout.regions)}
+        self._regions = {name: bases[tensor.data_ptr()] for name, tensor in kv_caches.items()}
+        self._layout = layout
+        rank = self._vllm_config.parallel_config.rank
+        hello = Hello(
+            number=rank,
+            page_tokens=layout.page_tokens,
+            page_bytes=layout.page_bytes,
+            fingerprint=layout.fingerprint,
+            slice_index=slice_of(self._vllm_config),
+            pid=os.getpid(),
+        )
+        engine_id = self._vllm_config.kv_transfer_config.engine_id
+        self._door = Door(address_of(engine_id, rank), hello, self._attach)
+        logger.info(
+            "Registered %d pages of %d tokens, %d bytes each, %s (layout %s)",
+            layout.num_pages,
+            layout.page_tokens,
+            layout.page_bytes,
+            layout.kind,
+            layout.fingerprint[:12],
+        )
+
+    def _attach(self, grant: Grant, fd: int) -> None:
+        """Map the slab. Called on the door's thread."""
+        assert self._layout is not None, "the door opens after the layout is known"
+        geometry = Geometry(
+            page_tokens=self._layout.page_tokens,
+            pages_per_chunk=grant.pages_per_chunk,
+            slices=grant.slices,
+            layout=grant.layout,
+        )
+        parallel = self._vllm_config.parallel_config
+        self._mover = Mover(
+            self._layout,
+            geometry,
+            Slab(fd, grant.slab_bytes),
+            number=parallel.rank,
+            slice_index=slice_of(self._vllm_config),
+            writes=grant.writes,
+        )
+
+    # ---- one step of vLLM
+
+    def start_load(self, step: Step, *, by_layer: bool) -> None:
+        """Fill pages before the forward pass; with `by_layer`, leave them to `load_layer`."""
+        self._step = step
+        self._loaded.clear()
+        self._stored.clear()
+        if not step.loads:
+            return
+        if self._mover is None:
+            self._give_up(step.all_loads())
+        elif not (self._layerwise and by_layer):
+            self._load(None)
+
+    def load_layer(self, name: str) -> None:
+        """Fill one layer's share of the pages, before its attention."""
+        region = self._regions[name]
+        if self._layerwise and self._step.loads and self._mover and not self._is_loaded(region):
+            self._loaded.add(region)
+            _, failed = self._mover.load(self._step.all_loads(), region)
+            self._give_up(failed)
+
+    def store_layer(self, name: str) -> None:
+        """Store one layer's share of the pages, after its attention."""
+        region = self._regions[name]
+        if self._layerwise and self._step.stores and self._mover and region not in self._stored:
+            self._stored.add(region)
+            self._mover.store(self._step.all_stores(), region)
+
+    def finish(self) -> None:
+        """Store what is left, and tell the scheduling side that the step's copies are done."""
+        step, self._step = self._step, Step()
+        if not step.number or self._mover is None:
+            return
+        try:
+            for copy in step.stores:
+                self._store(copy)
+        finally:
+            self._mover.finish(step.number)
+
+    def give_up(self) -> None:
+        """An error left the loads of this step in an unknown state: report all their pages."""
+        self._give_up(self._step.all_loads())
+
+    def close(self) -> None:
+        """Stop listening, and unmap the slab."""
+        if self._door:
+            self._door.close()
+        if self._mover:
+            self._mover.close()
+            self._mover = None
+
+    def take_failed_pages(self) -> set[int]:
+        """Pages that loads left without their content since the last call."""
+        failed, self._failed = self._failed, set()
+        return failed
+
+    # ----
+
+    def _is_loaded(self, region: int) -> bool:
+        return region in self._loaded or -1 in self._loaded
+
+    def _give_up(self, moves: list[Move]) -> None:
+        for move in moves:
+            self._failed.update(move.pages)
+
+    def _load(self, region: int | None) -> None:
+        assert self._mover is not None
+        self._loaded.add(-1 if region is None else region)
+        for copy in self._step.loads:
+            started = time.perf_counter()
+            size, failed = self._mover.load(copy.moves, region)
+            spent = time.perf_counter() - started
+            self._give_up(failed)
+            if failed:
+                logger.warning("Reqid: %s, %d loads failed", copy.request_id, len(failed))
+                continue
+            logger.info(
+                "Retrieved %d out of %d required tokens (from %d total tokens). "
+                "size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s;",
+                copy.tokens,
+                copy.required,
+                copy.total,
+                size / 1e9,
+                spent * 1e3,
+                size / 1e9 / max(spent, 1e-9),
+            )
+
+    def _store(self, copy: Copy) -> None:
+        assert self._mover is not None
+        started = time.perf_counter()
+        size = 0
+        for region in self._unstored():
+            size += self._mover.store(copy.moves, region)
+        copied = time.perf_counter()
+        self._mover.publish(copy.moves)
+        spent = time.perf_counter() - started
+        logger.info(
+            "Stored %d out of total %d tokens. size: %.4f gb, cost %.4f ms, "
+            "throughput: %.4f GB/s; offload_time: %.4f ms, put_time: %.4f ms",
+            copy.tokens,
+            copy.required,
+            size / 1e9,
+            spent * 1e3,
+            size / 1e9 / max(spent, 1e-9),
+            (copied - started) * 1e3,
+            (spent - copied + started) * 1e3,
+        )
+
+    def _unstored(self) -> list[int | None]:
+        if not self._stored:
+            return [None]
+        assert self._layout is not None
+        return [i for i in range(len(self._layout.regions)) if i not in self._stored]

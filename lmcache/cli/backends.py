@@ -1,0 +1,71 @@
+"""`lmcache backends`: checks a storage backend with the kit its author used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from xml.etree import ElementTree
+
+import typer
+
+from lmcache.cli.output import Format, FormatOption, print_json
+from lmcache.core.errors import ConfigError
+from lmcache.core.redact import redact_value
+
+if TYPE_CHECKING:
+    from lmcache.plugins.manager import PluginManager
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _group() -> None:
+    """Check a storage backend."""
+
+
+@app.command()
+def check(
+    ctx: typer.Context,
+    url: Annotated[str, typer.Argument(help="Where to read and write; it may be in use.")],
+    output: FormatOption = Format.TERMINAL,
+) -> None:
+    """Check that the backend at URL keeps every rule of storage backends."""
+    plugins: PluginManager = ctx.obj
+    plugins.find_backend(url)
+    if find_spec("pytest") is None:
+        raise ConfigError("checking a backend needs pytest: install lmcache[testing]")
+    if output is Format.TERMINAL:
+        raise typer.Exit(subprocess.run(_command(url), check=False).returncode)
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory, "report.xml")
+        command = [*_command(url), f"--junitxml={report}"]
+        code = subprocess.run(command, check=False, stdout=subprocess.PIPE).returncode
+        rules = _read(report) if report.exists() else []
+    print_json({"url": redact_value(url), "passed": code == 0, "rules": rules})
+    raise typer.Exit(code)
+
+
+def _command(url: str) -> list[str]:
+    # the settings of whatever project is in the current directory are not ours
+    alone = ["-c", "/dev/null", "--noconftest", "-p", "no:cacheprovider"]
+    kit = ["-p", "lmcache.testing.plugin", "--pyargs", "lmcache.testing.check_url"]
+    return [sys.executable, "-m", "pytest", *alone, *kit, "--lmcache-backend", url]
+
+
+def _read(report: Path) -> list[dict[str, Any]]:
+    """The rules in a JUnit report, each with its outcome and what went wrong."""
+    rules = []
+    for case in ElementTree.parse(report).iter("testcase"):
+        failure = next(iter(case), None)
+        rules.append(
+            {
+                "rule": case.get("name"),
+                "outcome": "passed" if failure is None else failure.tag,
+                "message": "" if failure is None else failure.get("message", ""),
+            }
+        )
+    return rules
