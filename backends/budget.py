@@ -55,7 +55,8 @@ class Budget:
     time the known candidates for removal run out.
 
     A file is charged in blocks of 4 KiB; directories and the files of others are neither counted
-    nor touched. Recency is the modification time of a file, so all processes share one order.
+    nor touched. An object that is read while it is evicted takes up space until the reader is done.
+    Recency is the modification time of a file, so all processes share one order.
     """
 
     def __init__(self, directory: str, max_size: int, min_free: int) -> None:
@@ -126,7 +127,7 @@ class Budget:
         disk = os.statvfs(self._directory)
         if not disk.f_blocks:  # unbounded, or unwilling to tell
             return over
-        return max(over, self._min_free + need - disk.f_bavail * disk.f_frsize)
+        return over
 
     def _make_room(self, need: int) -> bool:
         """Evict until `need` more bytes fit, or nothing if all there is would not suffice."""

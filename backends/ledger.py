@@ -17,18 +17,19 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _SUM = struct.Struct("<q")
-_TIMEOUT_S = 30
 
 
 class Ledger:
     """`with ledger:` excludes all other users of the file; `used` is valid only inside.
 
     The lock is an `flock`: it ends with its owner, however that dies. Processes on one machine
-    exclude each other; machines do where the file system carries flocks between them.
+    exclude each other; machines do where the file system carries flocks between them. A holder that
+    is stopped fails the others after `timeout_s`, rather than stopping them too.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, timeout_s: float = 30) -> None:
         self._path = path
+        self._timeout_s = timeout_s
         self._mutex = threading.Lock()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._fd: int | None = os.open(path, flags, 0o600)
@@ -58,20 +59,20 @@ class Ledger:
         return self
 
     def _lock(self, fd: int) -> None:
-        deadline = time.monotonic() + _TIMEOUT_S
+        deadline = time.monotonic() + self._timeout_s
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                # a holder that was stopped must not stop us too
                 if time.monotonic() > deadline:
                     raise BackendError(
-                        f"another process has held {self._path!r} locked for {_TIMEOUT_S} s"
+                        f"another process has held {self._path!r} locked for {self._timeout_s} s"
                     ) from None
                 time.sleep(0.001)
         if os.fstat(fd).st_nlink == 0:
-            # whoever made a new one would not exclude us
+            # a new one would not exclude those who hold this one
+            fcntl.flock(fd, fcntl.LOCK_UN)
             raise BackendError(f"{self._path!r} was removed; open the backend again")
 
     def __exit__(

@@ -114,6 +114,8 @@ class Joining:
     FIRST_WAIT_S = 2.0
     PAUSES_S = (0.1, 0.3, 1.0, 3.0, 10.0)
     WATCH_S = 0.5
+    LOSS_S = 2.0
+    """An engine that shuts down loses its movers first, and that is nothing to warn of."""
 
     def __init__(self, attach: Callable[[], Attachment]) -> None:
         """`attach` is called until it succeeds, and again whenever a mover dies.
@@ -158,7 +160,7 @@ class Joining:
     def _watch(self, attachment: Attachment) -> None:
         while attachment.is_whole() and not self._stop.is_set():
             self._stop.wait(self.WATCH_S)
-        if not self._stop.is_set():
-            logger.warning("a mover is gone; serving without a cache until it is back")
         self._current = None
         attachment.close()
+        if not self._stop.wait(self.LOSS_S):
+            logger.warning("a mover is gone; serving without a cache until it is back")

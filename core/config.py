@@ -19,7 +19,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lmcache.core.config_keys import Config, expected
-from lmcache.core.environment import PREFIX, VARIABLES, environment_flag, is_service_link
+from lmcache.core.environment import (
+    PREFIX,
+    TEST_PREFIX,
+    VARIABLES,
+    environment_flag,
+    is_service_link,
+)
 from lmcache.core.errors import ConfigError
 from lmcache.core.redact import redact_value
 from lmcache.core.upstream_names import is_ignored_extra, is_ignored_key, is_upstream_variable
@@ -134,7 +140,8 @@ def _read_environment(env: Mapping[str, str]) -> Iterator[_Entry]:
         key = rest.lower() if rest.isupper() else name
         is_key = key in Config.model_fields or is_ignored_key(key)
         is_known = is_key or name in VARIABLES or is_upstream_variable(rest)
-        if (is_key or not is_known) and not is_service_link(name, env):
+        is_foreign = name.startswith(TEST_PREFIX) or is_service_link(name, env)
+        if (is_key or not is_known) and not is_foreign:
             yield _Entry(name, key, env[name].strip(), f"environment variable {name}")
 
 

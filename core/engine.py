@@ -146,7 +146,8 @@ class CacheEngine:
         first = start // self.geometry.page_tokens
         moves = moves_for(hit.slots, self.geometry, pages, first, len(pages))
         step = self._flights.depart([], [hit.lease] if hit.lease else [], hit.slots)
-        size, failed = 0, []
+        size = 0
+        failed: list[Move] = []
         try:
             for region in regions:
                 copied, bad = self._mover.load(moves, region)

@@ -25,6 +25,10 @@ VARIABLES = {
 """Variables that mean something here without being configuration keys."""
 
 
+TEST_PREFIX = "LMCACHE_TEST_"
+"""What variables of this project's own tests begin with."""
+
+
 def is_service_link(name: str, env: Mapping[str, str]) -> bool:
     """Whether Kubernetes put `name` into `env`, as it does for every service of the namespace.
 
@@ -32,8 +36,8 @@ def is_service_link(name: str, env: Mapping[str, str]) -> bool:
     """
     services = (n[: -len("_SERVICE_HOST")] for n in env if n.endswith("_SERVICE_HOST"))
     return any(
-        name.startswith(f"{service}_SERVICE_")
-        or (name.startswith(f"{service}_PORT") and "://" in env.get(f"{service}_PORT", ""))
+        name.startswith((f"{service}_SERVICE_", f"{service}_PORT_"))
+        or (name == f"{service}_PORT" and "://" in env[name])
         for service in services
     )
 

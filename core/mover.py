@@ -6,16 +6,17 @@ generation it must have and which pages it is for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import numpy as np
-
-from lmcache.core.kernels.host import HostCopier
+from lmcache.core.kernels.host import HostPages
 from lmcache.core.kernels.plan import Planner, Span
 from lmcache.core.slab import CONTROL_BYTES, MOVER_BYTES
+from lmcache.core.warming import Warmer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from lmcache.core.geometry import Geometry
     from lmcache.core.layout import PageLayout
@@ -36,6 +37,27 @@ class Move(NamedTuple):
     """Engine page ids."""
 
 
+class PageCopier(Protocol):
+    """Copies between pages and the slab, wherever the pages are."""
+
+    def copy(self, spans: Sequence[Span], region: int | None, *, to_slab: bool) -> int:
+        """Copy all regions of `spans`, or one; return the bytes copied."""
+
+    def close(self) -> None:
+        """End threads and let go of memory."""
+
+
+def _pages_of(
+    layout: PageLayout, slab: Slab, tensors: Sequence[torch.Tensor], threads: int
+) -> PageCopier:
+    planner = Planner(layout)
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return HostPages(planner, slab, threads)
+    from lmcache.core.kernels.device import DevicePages
+
+    return DevicePages(tensors, layout, planner, slab)
+
+
 class Mover:
     """Copies one slice of every page, for one worker."""
 
@@ -48,22 +70,27 @@ class Mover:
         number: int = 0,
         slice_index: int = 0,
         writes: bool = True,
+        tensors: Sequence[torch.Tensor] = (),
         threads: int = 2,
     ) -> None:
         """`number` says which word of the slab is ours; `writes` is False where another mover
-        stores the same bytes."""
+        stores the same bytes. `tensors`, one for each region, are needed for pages on a device."""
         self.layout = layout
         self._geometry = geometry
         self._slab = slab
         self._number = number
         self._slice = slice_index
         self._writes = writes
-        self._planner = Planner(layout)
-        self._copier = HostCopier(threads)
+        self._pages = _pages_of(layout, slab, tensors, threads)
+        self._warmer = Warmer(slab)
 
     def store(self, moves: Sequence[Move], region: int | None = None) -> int:
         """Copy pages into slots; returns the bytes copied. `publish` makes the slots complete."""
-        return self._copy(moves, region, to_slab=True) if self._writes else 0
+        if not self._writes or not moves:
+            return 0
+        size = self._copy(moves, region, to_slab=True)
+        self._warmer.used(max(m.offset + self._geometry.slot_bytes(m.slot_pages) for m in moves))
+        return size
 
     def publish(self, moves: Sequence[Move]) -> None:
         """Every region of `moves` has been stored."""
@@ -86,8 +113,9 @@ class Mover:
         self._slab.write_word(self._number * MOVER_BYTES, step)
 
     def close(self) -> None:
-        """End the copy threads and unmap the slab."""
-        self._copier.close()
+        """End the threads and unmap the slab."""
+        self._warmer.close()
+        self._pages.close()
         self._slab.close()
 
     def _tag(self, move: Move) -> int:
@@ -97,13 +125,9 @@ class Mover:
         return self._slab.read_word(self._tag(move)) == move.generation
 
     def _copy(self, moves: Sequence[Move], region: int | None, *, to_slab: bool) -> int:
-        runs = self._planner.plan([self._span(move) for move in moves], region)
-        slab = runs.stored + np.int64(self._slab.address)
-        if to_slab:
-            self._copier.copy(slab, runs.engine, runs.length)
-        else:
-            self._copier.copy(runs.engine, slab, runs.length)
-        return runs.total_bytes
+        if not moves:
+            return 0
+        return self._pages.copy([self._span(move) for move in moves], region, to_slab=to_slab)
 
     def _span(self, move: Move) -> Span:
         last = move.offset + self._geometry.slot_bytes(move.slot_pages)

@@ -54,8 +54,15 @@ def guarded(
     return wrap
 
 
-def nothing() -> None:
-    """The neutral answer of hooks that answer nothing."""
+def _nothing() -> None: ...
+
+
+def _no_tokens() -> int | None:
+    return 0
+
+
+def _nothing_to_say() -> tuple[bool, dict[str, Any] | None]:
+    return False, None
 
 
 class LMCacheConnectorV1Impl:
@@ -65,7 +72,7 @@ class LMCacheConnectorV1Impl:
         """Raises `ConfigError` for a configuration that cannot be honoured."""
         self.errors = 0
         self._parent = parent
-        extra = vllm_config.kv_transfer_config.kv_connector_extra_config or {}
+        extra = _transfer(vllm_config).kv_connector_extra_config or {}
         config = load_config(extra).config
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
@@ -77,7 +84,7 @@ class LMCacheConnectorV1Impl:
 
     # ---- worker
 
-    @guarded(nothing)
+    @guarded(_nothing)
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """vLLM has allocated its pages."""
         assert self._worker, "only workers have pages"
@@ -109,7 +116,7 @@ class LMCacheConnectorV1Impl:
             self._count_error("wait_for_layer_load")
             self._worker.give_up()
 
-    @guarded(nothing)
+    @guarded(_nothing)
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
@@ -117,7 +124,7 @@ class LMCacheConnectorV1Impl:
         assert self._worker
         self._worker.store_layer(layer_name)
 
-    @guarded(nothing)
+    @guarded(_nothing)
     def wait_for_save(self) -> None:
         """Store before vLLM may reuse the pages."""
         assert self._worker
@@ -138,13 +145,13 @@ class LMCacheConnectorV1Impl:
 
     # ---- scheduler
 
-    @guarded(lambda: 0)
+    @guarded(_no_tokens)
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> int | None:
         """Tokens that can be loaded beyond vLLM's own; None to be asked again."""
         assert self._scheduler
         return self._scheduler.matched_tokens(request, num_computed_tokens)
 
-    @guarded(nothing)
+    @guarded(_nothing)
     def update_state_after_alloc(self, request: Any, num_external_tokens: int) -> None:
         """vLLM has made room for a load."""
         assert self._scheduler
@@ -156,7 +163,7 @@ class LMCacheConnectorV1Impl:
         assert self._scheduler
         return self._scheduler.build(scheduler_output)
 
-    @guarded(lambda: (False, None))
+    @guarded(_nothing_to_say)
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
@@ -173,6 +180,11 @@ class LMCacheConnectorV1Impl:
     def _count_error(self, where: str) -> None:
         self.errors += 1
         logger.exception("error %d of %d in %s", self.errors, TOLERATED, where)
+
+
+def _transfer(vllm_config: VllmConfig) -> Any:
+    """The part of vLLM's configuration that asked for us."""
+    return vllm_config.kv_transfer_config
 
 
 def _layerwise_is_safe(vllm_config: VllmConfig, extra: dict[str, Any]) -> bool:
@@ -193,7 +205,7 @@ def _layerwise_is_safe(vllm_config: VllmConfig, extra: dict[str, Any]) -> bool:
 def _scheduler_side(
     vllm_config: VllmConfig, config: Config, extra: dict[str, Any]
 ) -> SchedulerSide:
-    transfer = vllm_config.kv_transfer_config
+    transfer = _transfer(vllm_config)
     plugins = PluginManager()
 
     def attach() -> Attachment:

@@ -68,18 +68,32 @@ def layout_of(
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise LayoutError(f"{len(groups)} KV cache groups; the in-process connector takes one")
-    regions: dict[tuple[Any, ...], Region] = {}
-    for name, tensor in kv_caches.items():
-        where = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if where not in regions:
-            regions[where] = _region(
-                name, tensor, backends[name], kv_cache_config.num_blocks, version_of(version)
-            )
+    tensors, _ = distinct(kv_caches)
+    regions = [
+        _region(name, tensor, backends[name], kv_cache_config.num_blocks, version_of(version))
+        for name, tensor in tensors.items()
+    ]
     devices = {tensor.device.type for tensor in kv_caches.values()}
     kind = "/".join(sorted(set(backends.values())))
     if devices == {"cpu"}:
         kind += f"/{_cpu_format()}/vllm-{version_of(version)}"
-    return PageLayout(tuple(regions.values()), groups[0].kv_cache_spec.block_size, kind)
+    return PageLayout(tuple(regions), groups[0].kv_cache_spec.block_size, kind)
+
+
+def distinct(
+    kv_caches: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """The tensors without those that are another's memory again, and each layer's place in them."""
+    tensors: dict[str, torch.Tensor] = {}
+    places: dict[tuple[Any, ...], int] = {}
+    place_of: dict[str, int] = {}
+    for name, tensor in kv_caches.items():
+        where = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if where not in places:
+            places[where] = len(tensors)
+            tensors[name] = tensor
+        place_of[name] = places[where]
+    return tensors, place_of
 
 
 def _region(

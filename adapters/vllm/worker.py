@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import vllm
 from lmcache.adapters.vllm.step import Copy, Step
-from lmcache.adapters.vllm.translate import backends_of, layout_of, slice_of
+from lmcache.adapters.vllm.translate import (
+    backends_of,
+    distinct,
+    layout_of,
+    page_axis,
+    slice_of,
+    version_of,
+)
 from lmcache.core.geometry import Geometry
 from lmcache.core.handover import Door, Grant, Hello, address_of
 from lmcache.core.log import init_logger
 from lmcache.core.mover import Move, Mover
+from lmcache.core.selfcheck import check_layout
 from lmcache.core.slab import Slab
 
 if TYPE_CHECKING:
@@ -34,6 +42,7 @@ class WorkerSide:
         self._kv_cache_config = kv_cache_config
         self._layerwise = layerwise
         self._layout: PageLayout | None = None
+        self._tensors: list[torch.Tensor] = []
         self._regions: dict[str, int] = {}
         self._door: Door | None = None
         self._mover: Mover | None = None
@@ -46,8 +55,11 @@ class WorkerSide:
         """Learn the layout and wait, on another thread, for the scheduling side."""
         backends = backends_of(self._vllm_config, kv_caches)
         layout = layout_of(kv_caches, backends, self._kv_cache_config, vllm.__version__)
-        bases = {region.base: index for index, region in enumerate(layout.regions)}
-        self._regions = {name: bases[tensor.data_ptr()] for name, tensor in kv_caches.items()}
+        tensors, self._regions = distinct(kv_caches)
+        version = version_of(vllm.__version__)
+        axes = [page_axis(version, backends[name], t.dim()) for name, t in tensors.items()]
+        self._tensors = list(tensors.values())
+        check_layout(layout, self._tensors, axes)
         self._layout = layout
         rank = self._vllm_config.parallel_config.rank
         hello = Hello(
@@ -58,8 +70,8 @@ class WorkerSide:
             slice_index=slice_of(self._vllm_config),
             pid=os.getpid(),
         )
-        engine_id = self._vllm_config.kv_transfer_config.engine_id
-        self._door = Door(address_of(engine_id, rank), hello, self._attach)
+        transfer: Any = self._vllm_config.kv_transfer_config
+        self._door = Door(address_of(transfer.engine_id, rank), hello, self._attach)
         logger.info(
             "Registered %d pages of %d tokens, %d bytes each, %s (layout %s)",
             layout.num_pages,
@@ -86,6 +98,7 @@ class WorkerSide:
             number=parallel.rank,
             slice_index=slice_of(self._vllm_config),
             writes=grant.writes,
+            tensors=self._tensors,
         )
 
     # ---- one step of vLLM

