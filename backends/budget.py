@@ -127,7 +127,7 @@ class Budget:
         disk = os.statvfs(self._directory)
         if not disk.f_blocks:  # unbounded, or unwilling to tell
             return over
-        return over
+        return max(over, self._min_free + need - disk.f_bavail * disk.f_frsize)
 
     def _make_room(self, need: int) -> bool:
         """Evict until `need` more bytes fit, or nothing if all there is would not suffice."""

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lmcache.core.errors import HandoverError, LMCacheError
 from lmcache.core.flights import Flights
 from lmcache.core.geometry import Geometry, combined_layout, pages_per_chunk
 from lmcache.core.handover import Grant, Visit, address_of
-
 from lmcache.core.log import init_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lmcache.core.decider import Decider
     from lmcache.core.handover import Hello
     from lmcache.core.tiers import Tiers
-    from lmcache.core.decider import Decider
 
 logger = init_logger(__name__)
 
@@ -55,6 +54,8 @@ class Attachment:
     geometry: Geometry
     flights: Flights
     visits: list[Visit]
+    on_close: list[Callable[[], None]] = field(default_factory=list)
+    """Called in turn when the attachment ends, while its tiers are still open."""
 
     @classmethod
     def open(
@@ -103,6 +104,8 @@ class Attachment:
 
     def close(self) -> None:
         """Let go of the movers and the tiers. The slab goes with its last mapping."""
+        for call in self.on_close:
+            call()
         for visit in self.visits:
             visit.close()
         self.tiers.close()

@@ -59,7 +59,7 @@ class StorageBackend(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release everything. Closing twice is a no-op; any other call then raises `BackendClosed`."""
+        """Release everything. A second time does nothing; other calls raise `BackendClosed`."""
 
     def remove(self, key: ChunkKey) -> bool:
         """Drop the object; return whether it was there."""

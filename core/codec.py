@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 
 class Codec(ABC):
-    """Packs and unpacks the bytes of one object. Must be lossless and safe to call from any thread."""
+    """Packs and unpacks the bytes of one object: lossless, and safe to call from any thread."""
 
     name: str
     """The name users choose it by."""

@@ -9,14 +9,12 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from lmcache.core.config_keys import Config, expected
 from lmcache.core.environment import (
@@ -29,6 +27,11 @@ from lmcache.core.environment import (
 from lmcache.core.errors import ConfigError
 from lmcache.core.redact import redact_value
 from lmcache.core.upstream_names import is_ignored_extra, is_ignored_key, is_upstream_variable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from pydantic_core import ErrorDetails
 
 _log = logging.getLogger("lmcache")
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
-from typing_extensions import Self
 
 from lmcache.core.config_types import (
     Amount,
@@ -29,6 +28,9 @@ from lmcache.core.config_types import (
     split_directory,
 )
 from lmcache.core.redact import redact_value
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 GIB = 1 << 30
 
@@ -51,7 +53,7 @@ class Config(BaseModel):
         " engine's pages.",
     )
     local_cpu: Flag = Field(
-        True,
+        default=True,
         description="Keep chunks in memory; if false, memory is only a buffer in front of the other"
         " tiers, of which there must be one.",
     )
@@ -73,13 +75,13 @@ class Config(BaseModel):
         " tier; in the environment separated by commas.",
     )
     use_layerwise: Flag = Field(
-        False, description="Load and store layer by layer, while the engine computes."
+        default=False, description="Load and store layer by layer, while the engine computes."
     )
     save_decode_cache: Flag = Field(
-        False, description="Store generated tokens too, not only prompts."
+        default=False, description="Store generated tokens too, not only prompts."
     )
     save_unfull_chunk: Flag = Field(
-        True,
+        default=True,
         description="Store the tail of a prompt that does not fill a chunk, in whole engine pages;"
         " upstream's default is false.",
     )
@@ -89,12 +91,12 @@ class Config(BaseModel):
     )
     lookup_timeout_ms: Positive = Field(
         20,
-        description="Milliseconds after which a lookup is a miss; the scheduler never waits longer.",
+        description="Milliseconds after which a lookup is a miss; the scheduler waits no longer.",
     )
     fetch_timeout_ms: Natural = Field(
         5000,
-        description="Milliseconds for which a request may wait, outside the batch, for a slower tier"
-        " before it is computed instead.",
+        description="Milliseconds for which a request may wait, outside the batch, for a slower"
+        " tier before it is computed instead.",
     )
     pin_timeout_sec: Positive = Field(
         300,
@@ -116,12 +118,12 @@ class Config(BaseModel):
         " before is out of reach.",
     )
     enable_kv_events: Flag = Field(
-        False, description="Tell the engine what was stored, as KV events."
+        default=False, description="Tell the engine what was stored, as KV events."
     )
     metrics_port: Port = Field(
         0,
-        description="Loopback port of the Prometheus endpoint, in the process that decides; 0 for no"
-        " endpoint.",
+        description="Loopback port of the Prometheus endpoint, in the process that decides; 0 for"
+        " none.",
     )
     lmcache_instance_id: OptionalText = Field(
         None,
@@ -148,8 +150,8 @@ class Config(BaseModel):
 
         if not self.local_cpu and not self.tier_urls():
             raise conflict(
-                "nothing would be cached: local_cpu is false and none of local_disk, l2 and remote_url"
-                " is set",
+                "nothing would be cached: local_cpu is false and none of local_disk, l2 and"
+                " remote_url is set",
                 "local_cpu",
             )
         if self.local_disk is not None and not self.max_local_disk_size:

@@ -89,6 +89,16 @@ class Decider:
         """Bytes no slot occupies."""
         return self._allocator.free_bytes
 
+    def gauges(self) -> dict[str, float]:
+        """Levels worth watching."""
+        with self.lock:
+            return {
+                "capacity_bytes": self.capacity_bytes,
+                "free_bytes": self.free_bytes,
+                "chunks": len(self._index),
+                "leases": len(self.leases),
+            }
+
     def __len__(self) -> int:
         return len(self._index)
 
@@ -96,7 +106,7 @@ class Decider:
         return key in self._index
 
     def find(self, key: ChunkKey) -> int:
-        """The entry of a complete chunk, or `ABSENT`. Valid while the lock is held or it is leased."""
+        """The entry of a complete chunk, or `ABSENT`; valid while leased or under the lock."""
         return self._index.find(key)
 
     # ---- reading

@@ -123,7 +123,7 @@ class CacheEngine:
         With `tail`, a last chunk of fewer pages is stored too; tokens beyond the last whole page
         never are.
         """
-        return _drain(self._store(chain, pages, start, tail, [None]))
+        return _drain(self._store(chain, pages, start, [None], tail=tail))
 
     def store_layers(
         self, chain: KeyChain, pages: Sequence[int], start: int = 0, *, tail: bool = True
@@ -132,7 +132,7 @@ class CacheEngine:
 
         Yields the index of the region to be copied next.
         """
-        return self._store(chain, pages, start, tail, list(range(len(self.layout.regions))))
+        return self._store(chain, pages, start, list(range(len(self.layout.regions))), tail=tail)
 
     def close(self) -> None:
         """Finish what slower tiers are writing and free the slab."""
@@ -169,8 +169,9 @@ class CacheEngine:
         chain: KeyChain,
         pages: Sequence[int],
         start: int,
-        tail: bool,
         regions: Sequence[int | None],
+        *,
+        tail: bool,
     ) -> Generator[int, None, Receipt]:
         started = time.perf_counter()
         stop = len(chain.tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from prometheus_client import REGISTRY, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
+    from lmcache.core.decider import Decider
     from lmcache.core.receipts import Reason
 
 _HELP = {
@@ -78,3 +80,22 @@ class CacheCollector(Collector):
             gauge = GaugeMetricFamily(f"lmcache_{name}", name.replace("_", " "), labels=["engine"])
             gauge.add_metric([self._engine], level)
             yield gauge
+
+
+class Exporter:
+    """Shows one engine's counters to Prometheus, and serves them on loopback if given a port."""
+
+    def __init__(self, engine: str, decider: Decider, port: int) -> None:
+        """With `port` 0 nothing listens. Raises `OSError` if the port is taken."""
+        self._collector = CacheCollector(engine, decider.counters, decider.gauges)
+        self._server = start_http_server(port, addr="127.0.0.1") if port else None
+        REGISTRY.register(self._collector)
+
+    def close(self) -> None:
+        """Stop showing them."""
+        REGISTRY.unregister(self._collector)
+        if self._server:
+            server, thread = self._server
+            server.shutdown()
+            server.server_close()
+            thread.join()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Move(NamedTuple):
-    """Copy some pages of one slot. Plain integers: it crosses processes with the engine's own data."""
+    """Copy some pages of one slot. Plain integers, which cross processes with the engine's data."""
 
     offset: int
     """Where the slot lies in the slab."""
@@ -73,8 +73,11 @@ class Mover:
         tensors: Sequence[torch.Tensor] = (),
         threads: int = 2,
     ) -> None:
-        """`number` says which word of the slab is ours; `writes` is False where another mover
-        stores the same bytes. `tensors`, one for each region, are needed for pages on a device."""
+        """`number` says which word of the slab is ours; `tensors` are needed on a device.
+
+        There is one tensor for each region. `writes` is False where another mover stores the same
+        bytes.
+        """
         self.layout = layout
         self._geometry = geometry
         self._slab = slab

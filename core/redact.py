@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_SECRET = r"(?:pass|secret|token|credential|signature|(?:access|account|api|private)_?key)"
-_NAME = re.compile(_SECRET, re.IGNORECASE)
-_QUERY = re.compile(rf"([?&][^=&#\s]*{_SECRET}[^=&#\s]*=)[^&#\s'\"]*", re.IGNORECASE)
+_TELLTALE = r"(?:pass|secret|token|credential|signature|(?:access|account|api|private)_?key)"
+_NAME = re.compile(_TELLTALE, re.IGNORECASE)
+_QUERY = re.compile(rf"([?&][^=&#\s]*{_TELLTALE}[^=&#\s]*=)[^&#\s'\"]*", re.IGNORECASE)
 # a password may hold any character, however wrongly: after a colon, all up to the last @ goes
 _USER = r"(?<=://)(?:[^\s/?#:]*:%s*|[^\s/?#]*)@"
 _USER_IN_TEXT = re.compile(_USER % r"\S")

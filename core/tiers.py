@@ -158,7 +158,7 @@ class Tiers:
             if tier:
                 fetch.tier = tier.name
                 for step, (key, count) in enumerate(zip(keys, pages, strict=True)):
-                    reason = self._bring(tier, fetch, geometry, key, count, step)
+                    reason = self._bring(tier, fetch, geometry, key, pages=count, step=step)
                     if reason is not Reason.NONE:
                         fetch.reason = reason
                         return
@@ -182,7 +182,7 @@ class Tiers:
         return None, [], []
 
     def _bring(
-        self, tier: Tier, fetch: Fetch, geometry: Geometry, key: ChunkKey, pages: int, step: int
+        self, tier: Tier, fetch: Fetch, geometry: Geometry, key: ChunkKey, *, pages: int, step: int
     ) -> Reason:
         """Read one object into a slot of its own."""
         decider = self._decider

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
-
-import pluggy
+from typing import TYPE_CHECKING
 
 from lmcache.core.errors import PluginError
 from lmcache.core.redact import redact_text
 from lmcache.plugins import NAME, hookspecs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pluggy
 
 
 @dataclass(frozen=True)

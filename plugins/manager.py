@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,7 @@ class PluginManager:
     def __init__(
         self,
         builtins: Iterable[str] = BUILTINS,
+        *,
         entry_points: bool = True,
         env: Mapping[str, str] = os.environ,
     ) -> None:
@@ -116,15 +118,10 @@ class PluginManager:
             self._notify(plugin, "lmcache_engine_started", engine_id)
 
     def engine_stopped(self, engine_id: str) -> None:
-        """Tell every plugin that it is about to go; one that raises does not stop the others."""
-        errors = []
-        for plugin in self.plugins():
-            try:
-                self._notify(plugin, "lmcache_engine_stopped", engine_id)
-            except PluginError as exc:
-                errors.append(exc)
-        if errors:
-            raise errors[0]
+        """Tell every plugin that it is about to go, last one first, even if one raises."""
+        with ExitStack() as stack:
+            for plugin in self.plugins():
+                stack.callback(self._notify, plugin, "lmcache_engine_stopped", engine_id)
 
     def register(self, plugin: object, name: str) -> None:
         """Add a plugin object by hand, as tests and notebooks do."""
@@ -172,5 +169,5 @@ class PluginManager:
             if impl.plugin_name == plugin.name:
                 if self._traces:
                     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-                    print(f"lmcache: {hook}({given}) of {plugin}", file=sys.stderr)
+                    sys.stderr.write(f"lmcache: {hook}({given}) of {plugin}\n")
                 yield partial(impl.function, *(arguments[name] for name in impl.argnames))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from lmcache.core.errors import ConfigError, PluginError
-from lmcache.plugins.loading import PluginInfo
+
+if TYPE_CHECKING:
+    from lmcache.plugins.loading import PluginInfo
 
 Spec = TypeVar("Spec")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lmcache.adapters.vllm.live import LIVE
 from lmcache.adapters.vllm.scheduler import SchedulerSide
 from lmcache.adapters.vllm.step import Step
 from lmcache.adapters.vllm.translate import namespace_of
@@ -14,6 +15,7 @@ from lmcache.core.attachment import Attachment, Joining
 from lmcache.core.config import load_config
 from lmcache.core.errors import LMCacheError
 from lmcache.core.log import init_logger
+from lmcache.core.metrics import Exporter
 from lmcache.plugins.manager import PluginManager
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ class LMCacheConnectorV1Impl:
             self._worker = WorkerSide(vllm_config, parent._kv_cache_config, layerwise=layerwise)
         else:
             self._scheduler = _scheduler_side(vllm_config, config, extra)
+        LIVE.add(self)
 
     # ---- worker
 
@@ -99,7 +102,8 @@ class LMCacheConnectorV1Impl:
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Load before the forward pass. An error here must not pass for a load that worked."""
         step = self._parent._get_connector_metadata()
-        assert self._worker and isinstance(step, Step)
+        assert self._worker
+        assert isinstance(step, Step)
         by_layer = getattr(forward_context, "attn_metadata", None) is not None
         try:
             self._worker.start_load(step, by_layer=by_layer)
@@ -141,7 +145,8 @@ class LMCacheConnectorV1Impl:
 
     def get_kv_events(self) -> list[Any]:
         """Events for vLLM's KV event stream."""
-        return []
+        assert self._worker
+        return self._worker.take_events()
 
     # ---- scheduler
 
@@ -157,11 +162,15 @@ class LMCacheConnectorV1Impl:
         assert self._scheduler
         self._scheduler.allocated(request, num_external_tokens)
 
-    @guarded(Step)
     def build_connector_meta(self, scheduler_output: Any) -> Step:
-        """The copies that go with this step."""
+        """The copies that go with this step, and the pages nobody will fill after all."""
         assert self._scheduler
-        return self._scheduler.build(scheduler_output)
+        try:
+            if self.errors < TOLERATED:
+                return self._scheduler.build(scheduler_output)
+        except Exception:
+            self._count_error("build_connector_meta")
+        return Step(lost=self._scheduler.lost_pages(scheduler_output))
 
     @guarded(_nothing_to_say)
     def request_finished(
@@ -173,6 +182,7 @@ class LMCacheConnectorV1Impl:
 
     def shutdown(self) -> None:
         """Let go of everything. vLLM's own wrapper never calls this; the process's end does it."""
+        self.errors = TOLERATED
         for side in (self._scheduler, self._worker):
             if side:
                 side.close()
@@ -208,15 +218,17 @@ def _scheduler_side(
     transfer = _transfer(vllm_config)
     plugins = PluginManager()
 
+    engine_id = transfer.engine_id
+
     def attach() -> Attachment:
         attachment = Attachment.open(
-            transfer.engine_id,
+            engine_id,
             vllm_config.parallel_config.world_size,
             config.chunk_size,
-            lambda geometry: assemble(config, plugins.create_policy, plugins.open_backend),
+            lambda _: assemble(config, plugins.create_policy, plugins.open_backend),
             timeout_s=5.0,
         )
-        plugins.engine_started(transfer.engine_id)
+        _announce(attachment, engine_id, config, plugins)
         return attachment
 
     return SchedulerSide(
@@ -226,3 +238,31 @@ def _scheduler_side(
         role=transfer.kv_role,
         details=bool(extra.get("enable_cache_usage_details_in_response")),
     )
+
+
+def _announce(
+    attachment: Attachment, engine_id: str, config: Config, plugins: PluginManager
+) -> None:
+    """Show the counters and tell the plugins, now and when the attachment ends."""
+    try:
+        exporter = Exporter(engine_id, attachment.decider, config.metrics_port)
+        attachment.on_close.append(exporter.close)
+    except OSError as error:
+        logger.warning("no metrics on port %d: %s", config.metrics_port, error)
+    plugins.engine_started(engine_id)
+    attachment.on_close.append(lambda: plugins.engine_stopped(engine_id))
+    geometry = attachment.geometry
+    logger.info(
+        "Attached: %.2f GiB for chunks of %d tokens (%d pages, %.1f MiB)",
+        attachment.decider.slab.size / (1 << 30),
+        geometry.chunk_tokens,
+        geometry.pages_per_chunk,
+        geometry.slot_bytes(geometry.pages_per_chunk) / (1 << 20),
+    )
+    if geometry.chunk_tokens != config.chunk_size:
+        logger.warning(
+            "chunk_size %d is not whole engine pages of %d tokens: using %d",
+            config.chunk_size,
+            geometry.page_tokens,
+            geometry.chunk_tokens,
+        )

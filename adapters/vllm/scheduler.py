@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lmcache.adapters.vllm.step import Copy, Step
+from lmcache.adapters.vllm.draft import Draft, Tracked
+from lmcache.adapters.vllm.step import Step
 from lmcache.adapters.vllm.translate import (
     identity_of,
     inserts_of,
@@ -14,111 +15,19 @@ from lmcache.adapters.vllm.translate import (
     why_unkeyable,
 )
 from lmcache.core.chain import KeyChain
-from lmcache.core.engine import moves_for
 from lmcache.core.environment import environment_flag
 from lmcache.core.keys import root_key
 from lmcache.core.log import init_logger
-from lmcache.core.receipts import Reason
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lmcache.core.attachment import Attachment, Joining
     from lmcache.core.config import Config
     from lmcache.core.decider import Hit
     from lmcache.core.keys import Namespace
-    from lmcache.core.leases import Lease
-    from lmcache.core.index import Slot
 
 logger = init_logger(__name__)
-
-NULL_PAGE = 0
-"""vLLM's block 0 stands for "no block"; its content is nobody's."""
-
-
-@dataclass
-class Tracked:
-    """What we know of one request between two calls."""
-
-    request: Any
-    """vLLM's live object."""
-    chain: KeyChain
-    may_load: bool
-    may_store: bool
-    pages: list[int] = field(default_factory=list)
-    local: int = 0
-    """Tokens that vLLM's own prefix cache has."""
-    hit: Hit | None = None
-    load: int = 0
-    """Tokens beyond `local` that vLLM made room for and we are to load."""
-    done: int = 0
-    """Tokens stored, on their way or known to be stored."""
-    computed: int = 0
-    """Tokens whose KV is in the pages after the last step built."""
-    loaded: int = 0
-    running: bool = False
-
-    def restart(self) -> None:
-        """vLLM asks about it anew: it was preempted, and its pages are gone."""
-        self.pages, self.local, self.load = [], 0, 0
-        self.done, self.computed, self.running = 0, 0, False
-
-
-class Draft:
-    """A step in the making, and what it holds in the decider until it departs."""
-
-    def __init__(self, cache: Attachment) -> None:
-        self.cache = cache
-        self.step = Step()
-        self._leases: list[Lease] = []
-        self._loaded: list[Slot] = []
-        self._stored: list[Slot] = []
-
-    def load(self, tracked: Tracked) -> None:
-        """Add the load that vLLM made room for, if any."""
-        hit, tracked.hit = tracked.hit, None
-        if not tracked.load or not hit or not hit.lease:
-            return
-        geometry = self.cache.geometry
-        first = tracked.local // geometry.page_tokens
-        stop = -(-(tracked.local + tracked.load) // geometry.page_tokens)
-        self._leases.append(hit.lease)
-        self._loaded.extend(hit.slots)
-        moves = moves_for(hit.slots, geometry, tracked.pages, first, stop)
-        request = tracked.request
-        self.step.loads.append(
-            Copy(request.request_id, moves, tracked.load, hit.tokens, request.num_tokens)
-        )
-        tracked.loaded, tracked.load = tracked.load, 0
-        tracked.done = max(tracked.done, hit.tokens)
-
-    def store(self, tracked: Tracked, stop: int, *, tail: bool) -> None:
-        """Add a store of the tokens up to `stop` that are not stored yet."""
-        cache, start = self.cache, tracked.done
-        slots, reason = cache.decider.reserve(tracked.chain, cache.geometry, start, stop, tail=tail)
-        self._stored.extend(slots)
-        moves = moves_for(slots, cache.geometry, tracked.pages, 0, len(tracked.pages))
-        tracked.done = stop
-        if reason is not Reason.NONE:
-            last = slots[-1].chunk + 1 if slots else start // cache.geometry.chunk_tokens
-            tracked.done = last * cache.geometry.chunk_tokens
-        if moves:
-            tokens = sum(len(move.pages) for move in moves) * cache.geometry.page_tokens
-            request = tracked.request
-            self.step.stores.append(
-                Copy(request.request_id, moves, tokens, stop - start, request.num_tokens)
-            )
-
-    def depart(self) -> Step:
-        """The step, ready to be sent; what it holds is in the air from now on."""
-        if self.step.loads or self.step.stores:
-            self.step.number = self.cache.flights.depart(self._stored, self._leases, self._loaded)
-        return self.step
-
-    def cancel(self) -> None:
-        """The step will not be sent: let go of everything."""
-        for lease in self._leases:
-            self.cache.decider.release(lease)
-        for slot in self._stored:
-            self.cache.decider.abandon(slot)
 
 
 class SchedulerSide:
@@ -137,6 +46,7 @@ class SchedulerSide:
         )
         self._details = details
         self._tracked: dict[str, Tracked] = {}
+        self._promises: dict[str, range] = {}
         self._cache: Attachment | None = None
 
     # ---- matching
@@ -163,10 +73,15 @@ class SchedulerSide:
                 hit.tokens,
                 need,
             )
-        return need if need >= self._config.min_retrieve_tokens else 0
+        if need < self._config.min_retrieve_tokens:
+            return 0
+        self._promise(request, local, need)
+        return need
 
     def allocated(self, request: Any, external: int) -> None:
         """vLLM made room for `external` tokens of ours: as many as we said, fewer or none."""
+        if external == 0:
+            self._promises.pop(request.request_id, None)
         tracked = self._tracked.get(request.request_id)
         if tracked is None or self._cache is None:
             return
@@ -179,6 +94,7 @@ class SchedulerSide:
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """A request has ended, whether it ever ran or not. What its response should say."""
+        self._promises.pop(request.request_id, None)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return None
@@ -199,37 +115,70 @@ class SchedulerSide:
         """What the workers copy with this step of vLLM."""
         cache = self._attached()
         if cache is None:
-            return Step()
-        draft = Draft(cache)
+            return Step(lost=self.lost_pages(scheduled))
+        draft = Draft(cache, events=self._config.enable_kv_events)
+        kept: list[str] = []
         try:
-            for new in scheduled.scheduled_new_reqs:
-                tracked = self._tracked.get(new.req_id)
-                if tracked:
-                    tracked.pages = list(new.block_ids[0])
-                    self._plan(draft, tracked, new.num_computed_tokens, scheduled)
-            cached = scheduled.scheduled_cached_reqs
-            for i, request_id in enumerate(cached.req_ids):
-                tracked = self._tracked.get(request_id)
-                if tracked:
-                    if cached.new_block_ids[i] is not None:
-                        fresh = tracked.pages if request_id not in cached.resumed_req_ids else []
-                        tracked.pages = fresh + list(cached.new_block_ids[i][0])
-                    self._plan(draft, tracked, cached.num_computed_tokens[i], scheduled)
-            return draft.depart()
+            for request_id, pages, before in self._scheduled(scheduled):
+                tracked = self._tracked[request_id]
+                tracked.pages = pages
+                if draft.load(tracked):
+                    kept.append(request_id)
+                self._plan(draft, tracked, before, scheduled.num_scheduled_tokens[request_id])
+            step = draft.depart()
         except BaseException:
             draft.cancel()
             raise
+        for request_id in kept:
+            del self._promises[request_id]
+        step.lost = self.lost_pages(scheduled)
+        return step
 
-    def _plan(self, draft: Draft, tracked: Tracked, before: int, scheduled: Any) -> None:
-        """Plan one request whose first `before` tokens are in its pages before the step."""
+    def _scheduled(self, scheduled: Any) -> Iterator[tuple[str, list[int], int]]:
+        """The tracked requests of a step: id, whole page table, tokens computed before it."""
+        for new in scheduled.scheduled_new_reqs:
+            if new.req_id in self._tracked:
+                yield new.req_id, list(new.block_ids[0]), new.num_computed_tokens
+        cached = scheduled.scheduled_cached_reqs
+        for i, request_id in enumerate(cached.req_ids):
+            if request_id in self._tracked:
+                fresh = cached.new_block_ids[i]
+                old = self._tracked[request_id].pages
+                if request_id in cached.resumed_req_ids:
+                    old = []
+                pages = old + list(fresh[0]) if fresh else old
+                yield request_id, pages, cached.num_computed_tokens[i]
+
+    def lost_pages(self, scheduled: Any) -> list[int]:
+        """Pages that requests of a step were promised and did not get: vLLM must not use them."""
+        if not self._promises:
+            return []
+        tables = {new.req_id: new.block_ids[0] for new in scheduled.scheduled_new_reqs}
+        cached = scheduled.scheduled_cached_reqs
+        for request_id, fresh in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if fresh:
+                tables[request_id] = fresh[0]
+        lost: list[int] = []
+        for request_id in tables.keys() & self._promises.keys():
+            promised = self._promises.pop(request_id)
+            lost.extend(tables[request_id][promised.start : promised.stop])
+        return lost
+
+    def _promise(self, request: Any, local: int, need: int) -> None:
+        """From now on vLLM counts on us to fill these pages, whatever becomes of the cache."""
+        assert self._cache
+        size = self._cache.geometry.page_tokens
+        self._promises[request.request_id] = range(local // size, -(-(local + need) // size))
+
+    def _plan(self, draft: Draft, tracked: Tracked, before: int, count: int) -> None:
+        """Plan the stores of a request: `before` tokens are in its pages, `count` follow."""
         request = tracked.request
         tracked.running = True
-        draft.load(tracked)
         if before < tracked.computed:  # a load failed, and vLLM went back to compute the rest
             tracked.done = min(tracked.done, before)
         prompt = request.num_prompt_tokens
         settled = tracked.computed >= prompt and not self._config.save_decode_cache
-        tracked.computed = before + scheduled.num_scheduled_tokens[request.request_id]
+        tracked.computed = before + count
         if not tracked.may_store or (settled and before >= prompt):
             return
         stop = min(tracked.computed, request.num_tokens)

@@ -6,10 +6,25 @@ Plain integers and lists: it is pickled for every step, or handed over by refere
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from lmcache.core.mover import Move
+if TYPE_CHECKING:
+    from lmcache.core.mover import Move
+
+
+@dataclass(frozen=True)
+class StoredEvent:
+    """One stored chunk, with the fields vLLM reads from an event."""
+
+    block_hashes: list[bytes]
+    parent_block_hash: bytes | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None
+    lora_name: str | None
+    medium: str = "CPU"
 
 
 @dataclass
@@ -24,6 +39,8 @@ class Copy:
     """Tokens they are part of: the hit for a load, what could be stored for a store."""
     total: int
     """Tokens of the request."""
+    events: list[StoredEvent] = field(default_factory=list)
+    """What to tell vLLM's event stream once the copy is made."""
 
 
 @dataclass
@@ -34,6 +51,8 @@ class Step(KVConnectorMetadata):
     """Answer with this when all is done; 0 if nothing is to be done."""
     loads: list[Copy] = field(default_factory=list)
     stores: list[Copy] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    """Pages that vLLM expects to be loaded and that will not be."""
 
     def all_loads(self) -> list[Move]:
         """The moves of all loads."""

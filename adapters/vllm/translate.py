@@ -8,6 +8,7 @@ import platform
 import re
 from typing import TYPE_CHECKING, Any
 
+from lmcache.adapters.vllm.step import StoredEvent
 from lmcache.core.errors import LayoutError
 from lmcache.core.keys import Identity, Insert, Namespace
 from lmcache.core.layout import PageLayout, Region, region_of
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
 
+    from lmcache.core.chain import KeyChain
     from lmcache.core.config import Config
+    from lmcache.core.index import Slot
 
 SINCE, BEFORE = (0, 22), (0, 34)
 """The vLLM versions whose KV layouts are known."""
@@ -207,3 +210,18 @@ def options_of(request: Any) -> dict[str, Any]:
     """The request's own `kv_transfer_params`."""
     extra = getattr(request.sampling_params, "extra_args", None) or {}
     return extra.get("kv_transfer_params") or request.kv_transfer_params or {}
+
+
+def stored_event(slot: Slot, chain: KeyChain, request: Any) -> StoredEvent:
+    """What vLLM's event stream is told about a stored chunk."""
+    start = slot.chunk * chain.chunk_tokens
+    tokens = chain.tokens[start : start + slot.pages * chain.page_tokens]
+    lora = request.lora_request
+    return StoredEvent(
+        block_hashes=[slot.key],
+        parent_block_hash=chain.key(slot.chunk - 1) if slot.chunk else None,
+        token_ids=list(tokens),
+        block_size=len(tokens),
+        lora_id=lora.lora_int_id if lora else None,
+        lora_name=lora.lora_name if lora else None,
+    )

@@ -7,7 +7,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import vllm
-from lmcache.adapters.vllm.step import Copy, Step
+
+from lmcache.adapters.vllm.step import Copy, Step, StoredEvent
 from lmcache.adapters.vllm.translate import (
     backends_of,
     distinct,
@@ -50,6 +51,7 @@ class WorkerSide:
         self._loaded: set[int] = set()
         self._stored: set[int] = set()
         self._failed: set[int] = set()
+        self._events: list[StoredEvent] = []
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learn the layout and wait, on another thread, for the scheduling side."""
@@ -108,6 +110,7 @@ class WorkerSide:
         self._step = step
         self._loaded.clear()
         self._stored.clear()
+        self._failed.update(step.lost)
         if not step.loads:
             return
         if self._mover is None:
@@ -153,6 +156,11 @@ class WorkerSide:
             self._mover.close()
             self._mover = None
 
+    def take_events(self) -> list[StoredEvent]:
+        """What was stored since the last call, if events are wanted."""
+        events, self._events = self._events, []
+        return events
+
     def take_failed_pages(self) -> set[int]:
         """Pages that loads left without their content since the last call."""
         failed, self._failed = self._failed, set()
@@ -197,6 +205,7 @@ class WorkerSide:
             size += self._mover.store(copy.moves, region)
         copied = time.perf_counter()
         self._mover.publish(copy.moves)
+        self._events.extend(copy.events)
         spent = time.perf_counter() - started
         logger.info(
             "Stored %d out of total %d tokens. size: %.4f gb, cost %.4f ms, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,7 +73,7 @@ class HostCopier:
         cuts = [0, *np.searchsorted(np.cumsum(length), shares).tolist(), len(length)]
         parts = [
             (destination[a:b].tolist(), source[a:b].tolist(), length[a:b].tolist())
-            for a, b in zip(cuts, cuts[1:], strict=False)
+            for a, b in pairwise(cuts)
         ]
         others = [self._pool.submit(_copy_each, *part) for part in parts[1:]]
         _copy_each(*parts[0])

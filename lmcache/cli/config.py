@@ -81,12 +81,13 @@ Every setting has one flat key. It may be given in four places; a later one wins
 4. the engine's own options, for vLLM `kv_connector_extra_config`: `"lmcache.chunk_size": 256`. Keys
    without `lmcache.` belong to the engine.
 
-The same text means the same in all of them; flags may be written true, yes, on or 1, and false, no,
-off or 0. `lmcache config show` prints each value with the place it came from, and hides secrets.
+The same text means the same in all of them; flags may be written true, yes, on or 1, and false,
+no, off or 0. `lmcache config show` prints each value with the place it came from, and hides
+secrets.
 
-A key or an `LMCACHE_` variable that is not known stops the start-up with the name of the nearest one
-that is, and so does a value that cannot be used. Variables that Kubernetes adds for a service whose
-name begins with `lmcache` are left alone.
+A key or an `LMCACHE_` variable that is not known stops the start-up with the name of the nearest
+one that is, and so does a value that cannot be used. Variables that Kubernetes adds for a service
+whose name begins with `lmcache` are left alone.
 
 ## Keys
 

@@ -46,7 +46,7 @@ class _LazyCommand(TyperCommand):
         return get_command(loaded).make_context(info_name, args, parent=parent, **extra)
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(*, wanted: bool) -> None:
     if wanted:
         print(f"lmcache {lmcache.__version__}")
         raise typer.Exit
@@ -54,6 +54,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    *,
     version: Annotated[
         bool,
         typer.Option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import typer
+import typer  # noqa: TC002 - typer reads the annotations when the command is made
 
 from lmcache.cli.output import Format, FormatOption, print_json, table
 

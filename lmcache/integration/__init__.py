@@ -1,0 +1,1 @@
+"""Module paths that engines and scripts import; the code is elsewhere."""

@@ -10,13 +10,14 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
+
 from lmcache.core.config import LoadedConfig, environment_flag, load_config
 from lmcache.core.config_keys import Config, expected
 from lmcache.core.environment import VARIABLES
 from lmcache.core.errors import ConfigError
 from lmcache.core.redact import redact_text, redact_value
 from lmcache.core.upstream_names import IGNORED_KEYS, is_ignored_key
-from pydantic import ValidationError
 
 NAMES = st.text("abcdefghijklmnopqrstuvwxyz/-._0123456789", min_size=1).filter(
     lambda text: text.lower() not in ("none", "null")
@@ -49,6 +50,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lmcache_instance_id": st.none() | NAMES,
     "extra_config": st.none() | st.dictionaries(NAMES, st.integers() | st.booleans() | NAMES),
 }
+PASSWORD = "hunter2"
 COMPANIONS = {
     "local_cpu": {"remote_url": "memory://"},
     "local_disk": {"max_local_disk_size": 1},
@@ -191,8 +193,8 @@ def test_an_unknown_name_is_an_error_with_the_nearest_known_one(
 
 def test_every_unknown_key_of_a_file_is_named_with_its_line(tmp_path: Path) -> None:
     message = refusal(env=write(tmp_path, "chunk_sise: 1\nlocal_cpu: true\npd_backends: [x]\n"))
-    assert "'chunk_sise'" in message and "lmcache.yaml:1)" in message
-    assert "'pd_backends'" in message and "lmcache.yaml:3)" in message
+    for part in ("'chunk_sise'", "lmcache.yaml:1)", "'pd_backends'", "lmcache.yaml:3)"):
+        assert part in message
 
 
 def test_keys_of_upstream_are_ignored_with_one_warning(tmp_path: Path, warnings: list[str]) -> None:
@@ -368,26 +370,25 @@ def test_what_is_secret_in_a_url(text: str, shown: str) -> None:
 
 
 def test_secrets_are_in_no_message_listing_or_repr() -> None:
-    secret = "hunter2"
     extra = {
-        "lmcache.remote_url": f"redis://user:{secret}@host",
-        "lmcache.l2": [f"redis://:{secret}@host", f"s3://b?secret_key={secret}"],
-        "lmcache.extra_config": {"deep": {"aws_secret_access_key": secret}},
+        "lmcache.remote_url": f"redis://user:{PASSWORD}@host",
+        "lmcache.l2": [f"redis://:{PASSWORD}@host", f"s3://b?secret_key={PASSWORD}"],
+        "lmcache.extra_config": {"deep": {"aws_secret_access_key": PASSWORD}},
     }
     loaded = load_config(extra, {})
-    assert secret in "".join(loaded.config.tier_urls())
+    assert PASSWORD in "".join(loaded.config.tier_urls())
     for shown in (repr(loaded), str(loaded.config), repr(loaded.settings())):
-        assert secret not in shown
+        assert PASSWORD not in shown
         assert "***" in shown
     for key, value in {
-        "remote_url": f"user:{secret}@host",
-        "l2": [f"redis://user:{secret}@host", 1],
-        "chunk_size": f"redis://user:{secret}@host",
-        "extra_config": f"{{password: {secret}",
-        "local_disk": f"redis://user:{secret}@host",
+        "remote_url": f"user:{PASSWORD}@host",
+        "l2": [f"redis://user:{PASSWORD}@host", 1],
+        "chunk_size": f"redis://user:{PASSWORD}@host",
+        "extra_config": f"{{password: {PASSWORD}",
+        "local_disk": f"redis://user:{PASSWORD}@host",
     }.items():
         message = refusal({f"lmcache.{key}": value})
-        assert key == "remote_url" or secret not in message
+        assert key == "remote_url" or PASSWORD not in message
 
 
 def test_a_configuration_cannot_be_changed() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -175,8 +175,8 @@ class Copies(Queue):
         return iter(list(self.order))
 
 
-class ForgetsToForget(Queue):
-    """Lets uses that it counted for one key protect the next key in that entry; and not too long."""
+class HoldsOnToTheTwiceUsed(Queue):
+    """Lets go of nobody who was used exactly twice."""
 
     def __init__(self):
         super().__init__()
@@ -207,7 +207,7 @@ BROKEN = {
     SharesItsQueue: "test_policies_share_nothing",
     Searches: "test_the_first_victim_is_found_without_a_search",
     Copies: "test_the_first_victim_is_found_without_a_copy",
-    ForgetsToForget: "test_any_history_leaves_the_residents_known",
+    HoldsOnToTheTwiceUsed: "test_any_history_leaves_the_residents_known",
 }
 
 MODULE = """
@@ -215,43 +215,16 @@ import sys
 sys.path.insert(0, {here!r})
 
 import pytest
-from {module} import {policy} as Policy
+import {module} as policies
 from lmcache.testing import EvictionPolicySuite
-
-class TestIt(EvictionPolicySuite):
-    @pytest.fixture
-    def new_policy(self):
-        return Policy
 """
 
-
-def run(pytester: pytest.Pytester, policy: type[Queue], *more: str, args: tuple[str, ...] = ()):
-    here = Path(__file__)
-    source = MODULE.format(here=str(here.parent), module=here.stem, policy=policy.__name__)
-    pytester.makepyfile(test_it="\n".join([source, *more]))
-    return pytester.runpytest_subprocess("-p", "no:cacheprovider", *args)
-
-
-@pytest.mark.parametrize("policy", BROKEN, ids=lambda p: p.__name__)
-def test_a_broken_policy_fails_its_rule(policy, pytester: pytest.Pytester) -> None:
-    result = run(pytester, policy, args=("-k", BROKEN[policy]))
-    outcome = result.parseoutcomes()
-    assert outcome.get("failed"), f"{policy.__name__} passes {BROKEN[policy]}"
-    assert not outcome.get("errors")
-
-
-def test_every_rule_has_a_policy_that_breaks_it() -> None:
-    rules = {
-        name for name, _ in inspect.getmembers(EvictionPolicySuite) if name.startswith("test_")
-    }
-    assert set(BROKEN.values()) == rules - {"test_the_suite_is_whole"}
-
-
-def test_a_sound_policy_passes(pytester: pytest.Pytester) -> None:
-    result = run(pytester, Queue)
-    assert result.ret == 0
-    assert set(result.parseoutcomes()) == {"passed"}
-
+SUITE = """
+class Test{policy}(EvictionPolicySuite):
+    @pytest.fixture
+    def new_policy(self):
+        return policies.{policy}
+"""
 
 REPLACED = """
     def test_offering_removes_nobody(self):
@@ -265,18 +238,47 @@ EXCUSED = """
 """
 
 
+def write_suites(pytester: pytest.Pytester, *policies: type[Queue], more: str = "") -> None:
+    here = Path(__file__)
+    suites = [SUITE.format(policy=policy.__name__) for policy in policies]
+    module = MODULE.format(here=str(here.parent), module=here.stem)
+    pytester.makepyfile(test_it="".join([module, *suites, more]))
+
+
+def test_each_broken_policy_fails_its_rule(pytester: pytest.Pytester) -> None:
+    write_suites(pytester, *BROKEN)
+    rules = [f"test_it.py::Test{policy.__name__}::{rule}" for policy, rule in BROKEN.items()]
+    result = pytester.runpytest_subprocess("--tb=no", *rules)
+    failed = {re.split(r"[ []", line)[1] for line in result.outlines if line.startswith("FAILED")}
+    assert failed == set(rules)
+
+
+def test_every_rule_has_a_policy_that_breaks_it() -> None:
+    rules = {name for name in vars(EvictionPolicySuite) if name.startswith("test_")}
+    assert set(BROKEN.values()) == rules - {"test_the_suite_is_whole"}
+
+
+def test_a_sound_policy_passes(pytester: pytest.Pytester) -> None:
+    write_suites(pytester, Queue)
+    result = pytester.runpytest_subprocess()
+    assert set(result.parseoutcomes()) == {"passed"}
+
+
 def test_a_rule_cannot_be_replaced(pytester: pytest.Pytester) -> None:
-    result = run(pytester, Queue, REPLACED, args=("-k", "whole"))
-    result.assert_outcomes(failed=1, deselected=result.parseoutcomes()["deselected"])
+    write_suites(pytester, Queue, more=REPLACED)
+    result = pytester.runpytest_subprocess("-k", "whole")
+    assert result.parseoutcomes()["failed"] == 1
     result.stdout.fnmatch_lines(["*test_offering_removes_nobody is replaced; mark it xfail*"])
 
 
 def test_a_rule_can_be_excused_with_a_reason(pytester: pytest.Pytester) -> None:
-    result = run(pytester, Queue, EXCUSED, args=("-k", "whole or offering"))
-    result.assert_outcomes(passed=1, xfailed=1, deselected=result.parseoutcomes()["deselected"])
+    write_suites(pytester, Queue, more=EXCUSED)
+    outcome = pytester.runpytest_subprocess("-k", "whole or offering").parseoutcomes()
+    assert (outcome["passed"], outcome["xfailed"]) == (1, 1)
 
 
 def test_a_failure_says_what_differs(pytester: pytest.Pytester) -> None:
-    """The suite's asserts are rewritten, also where it is installed."""
-    result = run(pytester, KeepsTheNewest, args=("-k", "exactly_once"))
+    """The suite's asserts are rewritten, wherever it is installed."""
+    write_suites(pytester, KeepsTheNewest)
+    result = pytester.runpytest_subprocess("-k", "exactly_once")
     result.stdout.fnmatch_lines(["*Right contains one more item: 19*"])

@@ -1,0 +1,122 @@
+"""A step in the making: requests in, copies out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lmcache.adapters.vllm.step import Copy, Step
+from lmcache.adapters.vllm.translate import stored_event
+from lmcache.core.engine import moves_for
+from lmcache.core.receipts import Reason
+
+if TYPE_CHECKING:
+    from lmcache.core.attachment import Attachment
+    from lmcache.core.chain import KeyChain
+    from lmcache.core.decider import Hit
+    from lmcache.core.index import Slot
+    from lmcache.core.leases import Lease
+
+NULL_PAGE = 0
+"""vLLM's block 0 stands for "no block"; its content is nobody's."""
+
+
+@dataclass
+class Tracked:
+    """What we know of one request between two calls."""
+
+    request: Any
+    """vLLM's live object."""
+    chain: KeyChain
+    may_load: bool
+    may_store: bool
+    pages: list[int] = field(default_factory=list)
+    local: int = 0
+    """Tokens that vLLM's own prefix cache has."""
+    hit: Hit | None = None
+    load: int = 0
+    """Tokens beyond `local` that vLLM made room for and we are to load."""
+    done: int = 0
+    """Tokens stored, on their way or known to be stored."""
+    computed: int = 0
+    """Tokens whose KV is in the pages after the last step built."""
+    loaded: int = 0
+    running: bool = False
+
+    def restart(self) -> None:
+        """vLLM asks about it anew: it was preempted, and its pages are gone."""
+        self.pages, self.local, self.load = [], 0, 0
+        self.done, self.computed, self.running = 0, 0, False
+
+
+class Draft:
+    """A step in the making, and what it holds in the decider until it departs."""
+
+    def __init__(self, cache: Attachment, *, events: bool) -> None:
+        self.cache = cache
+        self.step = Step()
+        self._events = events
+        self._leases: list[Lease] = []
+        self._loaded: list[Slot] = []
+        self._stored: list[Slot] = []
+
+    def load(self, tracked: Tracked) -> bool:
+        """Add the load that vLLM made room for; False if there is none, or it cannot be made."""
+        hit, tracked.hit = tracked.hit, None
+        wanted, tracked.load = tracked.load, 0
+        if not wanted or not hit or not hit.lease:
+            return False
+        self._leases.append(hit.lease)
+        self._loaded.extend(hit.slots)
+        geometry, request = self.cache.geometry, tracked.request
+        first = tracked.local // geometry.page_tokens
+        stop = -(-(tracked.local + wanted) // geometry.page_tokens)
+        moves = moves_for(hit.slots, geometry, tracked.pages, first, stop)
+        covered = sum(len(move.pages) for move in moves)
+        assert covered == stop - first, f"{covered} of {stop - first} pages can be loaded"
+        self.step.loads.append(
+            Copy(request.request_id, moves, wanted, hit.tokens, request.num_tokens)
+        )
+        tracked.loaded = wanted
+        tracked.done = max(tracked.done, hit.tokens)
+        return True
+
+    def store(self, tracked: Tracked, stop: int, *, tail: bool) -> None:
+        """Add a store of the tokens up to `stop` that are not stored yet."""
+        cache, start, request = self.cache, tracked.done, tracked.request
+        slots, reason = cache.decider.reserve(tracked.chain, cache.geometry, start, stop, tail=tail)
+        self._stored.extend(slots)
+        tracked.done = stop
+        if reason is not Reason.NONE:
+            last = slots[-1].chunk + 1 if slots else start // cache.geometry.chunk_tokens
+            tracked.done = last * cache.geometry.chunk_tokens
+        if not slots:
+            return
+        moves = moves_for(slots, cache.geometry, tracked.pages, 0, len(tracked.pages))
+        assert len(moves) == len(slots), "the page table ends before the tokens do"
+        for move in moves:
+            assert len(move.pages) == move.slot_pages, "the page table ends inside a chunk"
+            assert NULL_PAGE not in move.pages, "a page of the prompt does not exist"
+        copy = Copy(
+            request_id=request.request_id,
+            moves=moves,
+            tokens=sum(slot.pages for slot in slots) * cache.geometry.page_tokens,
+            required=stop - start,
+            total=request.num_tokens,
+        )
+        if self._events:
+            copy.events = [stored_event(slot, tracked.chain, request) for slot in slots]
+        self.step.stores.append(copy)
+
+    def depart(self) -> Step:
+        """The step, ready to be sent; what it holds is in the air from now on."""
+        if self.step.loads or self.step.stores:
+            self.step.number = self.cache.flights.depart(self._stored, self._leases, self._loaded)
+        return self.step
+
+    def cancel(self) -> None:
+        """The step will not be sent: let go of everything."""
+        for lease in self._leases:
+            self.cache.decider.release(lease)
+        for slot in self._stored:
+            self.cache.decider.abandon(slot)
