@@ -14,7 +14,7 @@ class Allocator:
 
     def __init__(self, capacity: int, *, start: int = 0, grain: int = 4096) -> None:
         self.grain = grain
-        self.capacity = capacity // grain * grain
+        self.capacity = max(0, capacity // grain * grain)
         self.free_bytes = 0
         self._size_at: dict[int, int] = {}
         self._start_of_end: dict[int, int] = {}

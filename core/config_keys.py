@@ -48,7 +48,7 @@ class Config(BaseModel):
     )
 
     chunk_size: Positive = Field(
-        256,
+        default=256,
         description="Tokens in a chunk, the unit that is stored and found; a whole number of the"
         " engine's pages.",
     )
@@ -58,19 +58,22 @@ class Config(BaseModel):
         " tiers, of which there must be one.",
     )
     max_local_cpu_size: PositiveAmount = Field(
-        5.0, description="Memory for chunks in GiB, for the whole node and all ranks together."
+        default=5.0,
+        description="Memory for chunks in GiB, for the whole node and all ranks together.",
     )
     local_disk: Directory = Field(
-        None, description="Directory, or `file://` URL, of the disk tier; none for no disk tier."
+        default=None,
+        description="Directory, or `file://` URL, of the disk tier; none for no disk tier.",
     )
     max_local_disk_size: Amount = Field(
-        0.0, description="Space for the disk tier in GiB; must be set along with `local_disk`."
+        default=0.0,
+        description="Space for the disk tier in GiB; must be set along with `local_disk`.",
     )
     remote_url: OptionalUrl = Field(
-        None, description="URL of a storage backend that is asked after all other tiers."
+        default=None, description="URL of a storage backend that is asked after all other tiers."
     )
     l2: Urls = Field(
-        (),
+        default=(),
         description="URLs of storage backends in the order in which they are asked, after the disk"
         " tier; in the environment separated by commas.",
     )
@@ -86,34 +89,35 @@ class Config(BaseModel):
         " upstream's default is false.",
     )
     cache_policy: Name = Field(
-        "LRU",
+        default="LRU",
         description="Eviction policy of the memory tier, by name; `lmcache plugins` lists them.",
     )
     lookup_timeout_ms: Positive = Field(
-        20,
+        default=20,
         description="Milliseconds after which a lookup is a miss; the scheduler waits no longer.",
     )
     fetch_timeout_ms: Natural = Field(
-        5000,
+        default=5000,
         description="Milliseconds for which a request may wait, outside the batch, for a slower"
         " tier before it is computed instead.",
     )
     pin_timeout_sec: Positive = Field(
-        300,
+        default=300,
         description="Seconds after which a request loses its lease on the chunks it was promised.",
     )
     min_retrieve_tokens: Natural = Field(
-        0, description="Tokens below which a hit is not worth loading and counts as a miss."
+        default=0, description="Tokens below which a hit is not worth loading and counts as a miss."
     )
     priority_limit: OptionalNumber = Field(
-        None,
+        default=None,
         description="Requests whose priority value is above it are not stored; none for no limit.",
     )
     model_id: OptionalText = Field(
-        None, description="Stands for the model in keys instead of the name the engine gives."
+        default=None,
+        description="Stands for the model in keys instead of the name the engine gives.",
     )
     weight_generation: Text = Field(
-        "",
+        default="",
         description="Part of every key: change it when the weights change, and all that was stored"
         " before is out of reach.",
     )
@@ -121,15 +125,15 @@ class Config(BaseModel):
         default=False, description="Tell the engine what was stored, as KV events."
     )
     metrics_port: Port = Field(
-        0,
+        default=0,
         description="Loopback port of the Prometheus endpoint, in the process that decides; 0 for"
         " none.",
     )
     lmcache_instance_id: OptionalText = Field(
-        None,
+        default=None,
         description="Name of this instance in metrics and logs; by default the engine's own id.",
     )
-    extra_config: Settings = Field(None, description="Settings of plugins, by name.")
+    extra_config: Settings = Field(default=None, description="Settings of plugins, by name.")
 
     def tier_urls(self) -> tuple[str, ...]:
         """The storage backends, in the order in which they are asked: disk, `l2`, remote."""

@@ -180,13 +180,17 @@ class Decider:
         `start` is rounded down to a chunk. With `tail`, a last chunk of fewer pages counts too.
         The caller must `commit` or `abandon` each slot.
         """
+        wanted = []
+        for chunk in range(start // geometry.chunk_tokens, -(-stop // geometry.chunk_tokens)):
+            pages = chain.pages_in(chunk, stop)
+            if pages == 0 or (pages < geometry.pages_per_chunk and not tail):
+                break
+            # a key that cannot be computed must raise before any slot is taken
+            wanted.append((chunk, pages, chain.part(chunk, pages)))
         slots: list[Slot] = []
         with self.lock:
-            for chunk in range(start // geometry.chunk_tokens, -(-stop // geometry.chunk_tokens)):
-                pages = chain.pages_in(chunk, stop)
-                if pages == 0 or (pages < geometry.pages_per_chunk and not tail):
-                    break
-                key = chain.part(chunk, pages)
+            self._expire()
+            for chunk, pages, key in wanted:
                 if key in self._reserved:
                     continue
                 if (entry := self._index.find(key)) != ABSENT:
@@ -215,15 +219,21 @@ class Decider:
     def commit(self, slot: Slot, geometry: Geometry, *, fresh: bool = True) -> int:
         """A reserved slot is complete: everybody may see it. Returns its entry.
 
-        `fresh` says that its bytes come from an engine, so that slower tiers lack them.
+        `fresh` says that its bytes come from an engine, so that slower tiers lack them. If nobody
+        wants such a slot and it is not to be kept, it is gone on return.
         """
         with self.lock:
             del self._reserved[slot.key]
             self._evicted.pop(slot.key, None)
             entry = self._index.add(slot)
             self._policy.add(entry, slot.key)
-            if fresh and self.on_commit:
-                self.on_commit(slot, geometry)
+            if fresh:
+                self._index.pins[entry] += 1
+                try:
+                    if self.on_commit:
+                        self.on_commit(slot, geometry)
+                finally:
+                    self._unpin(entry)
             return entry
 
     def abandon(self, slot: Slot) -> None:
@@ -270,8 +280,9 @@ class Decider:
     def _room_for(self, size: int) -> int | None:
         while (offset := self._allocator.allocate(size)) is None:
             victims = list(self._victims(size))
-            if not victims:
-                return None
+            gain = sum(self._allocator.rounded(self._index.size[entry]) for entry in victims)
+            if not victims or self.free_bytes + gain < size:
+                return None  # and nothing was evicted for nothing
             for entry in victims:
                 self._drop(entry, evicted=True)
                 self.counters.add("evictions")

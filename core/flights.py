@@ -8,6 +8,7 @@ lease in the air is nobody else's until every mover has answered or is known to 
 from __future__ import annotations
 
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,24 +67,38 @@ class Flights:
         """The movers are dead: whatever they had not completed never will be."""
         self._land(self._sent)
 
+    def land(self, number: int) -> None:
+        """One step has ended, whatever became of those before it: for a mover in this thread."""
+        with self._decider.lock:
+            flight = next(flight for flight in self._air if flight.number == number)
+            self._air.remove(flight)
+            self._end(flight)
+
     def _land(self, number: int) -> None:
         with self._decider.lock:
             while self._air and self._air[0].number <= number:
-                flight = self._air.popleft()
-                for slot in flight.stores:
-                    self._finish(slot)
-                for lease in flight.loads:
-                    self._decider.release(lease)
-                for slot in flight.loaded:
-                    if not self._is_complete(slot):
-                        self._decider.counters.add("load_failures")
-                        self._decider.discard(slot.key, slot.generation)
+                self._end(self._air.popleft())
+
+    def _end(self, flight: Flight) -> None:
+        """Commit its stores, then end its leases, then look at what it loaded."""
+        with ExitStack() as last_first:  # an error in one of them must not leak the others
+            for slot in flight.loaded:
+                last_first.callback(self._check, slot)
+            for lease in flight.loads:
+                last_first.callback(self._decider.release, lease)
+            for slot in reversed(flight.stores):
+                last_first.callback(self._finish, slot)
+
+    def _check(self, slot: Slot) -> None:
+        if not self._is_complete(slot):
+            self._decider.counters.add("load_failures")
+            self._decider.discard(slot.key, slot.generation)
 
     def _finish(self, slot: Slot) -> None:
         if self._is_complete(slot):
-            self._decider.commit(slot, self._geometry)
             self._decider.counters.add("stored_tokens", slot.pages * self._geometry.page_tokens)
             self._decider.counters.add("stored_bytes", slot.pages * self._geometry.page_bytes)
+            self._decider.commit(slot, self._geometry)
         else:
             self._decider.counters.add("store_failures")
             self._decider.abandon(slot)

@@ -40,7 +40,7 @@ class Index:
         self.size = array("q")
         self.generation = array("q")
         self.pages = array("H")
-        self.pins = array("H")
+        self.pins = array("I")
 
     def __len__(self) -> int:
         return len(self._entry_of)

@@ -45,7 +45,7 @@ class Region:
     run_bytes: int
     """Contiguous bytes at each point of `axes`."""
     meaning: str
-    """dtype, logical shape and strides of a page: equal only if the bytes mean the same."""
+    """dtype, logical shape and memory order of a page: equal only if the bytes mean the same."""
 
     @cached_property
     def page_bytes(self) -> int:
@@ -79,21 +79,28 @@ def region_of(
     overlapping, reversed or unevenly divided pages.
     """
     blocks, block_stride = shape[page_axis], strides[page_axis] * itemsize
-    if blocks % blocks_per_page:
-        raise LayoutError(f"{name}: {blocks} blocks do not make whole pages of {blocks_per_page}")
+    if 0 in shape or blocks % blocks_per_page:
+        raise LayoutError(
+            f"{name}: {blocks} blocks of shape {tuple(shape)} do not make whole pages of "
+            f"{blocks_per_page}"
+        )
     rest = [(n, s) for i, (n, s) in enumerate(zip(shape, strides, strict=True)) if i != page_axis]
     if block_stride <= 0 or any(s <= 0 for n, s in rest if n > 1):
         raise LayoutError(f"{name}: strides {tuple(strides)} repeat or reverse memory")
-    parts = [Axis(n, s * itemsize) for n, s in rest if n > 1]
-    if blocks_per_page > 1:
-        parts.append(Axis(blocks_per_page, block_stride))
+    logical = [*rest, (blocks_per_page, strides[page_axis])]
+    parts = [Axis(n, s * itemsize) for n, s in logical if n > 1]
     axes, run_bytes = _merge(name, parts, itemsize)
-    meaning = f"{dtype} {[n for n, _ in rest]} {[s for _, s in rest]} x{blocks_per_page}"
+    pages, page_stride = blocks // blocks_per_page, block_stride * blocks_per_page
+    if pages > 1:  # only to see that pages do not overlap
+        _merge(name, [*parts, Axis(pages, page_stride)], itemsize)
+    # in memory order, whatever the strides: they may depend on padding and on the number of pages
+    order = sorted((i for i, (n, _) in enumerate(logical) if n > 1), key=lambda i: -logical[i][1])
+    meaning = f"{dtype} {[n for n, _ in rest]} x{blocks_per_page} in order {order}"
     return Region(
         name=name,
         base=base,
-        pages=blocks // blocks_per_page,
-        page_stride=block_stride * blocks_per_page,
+        pages=pages,
+        page_stride=page_stride,
         axes=axes,
         run_bytes=run_bytes,
         meaning=meaning,

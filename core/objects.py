@@ -25,7 +25,8 @@ HEADER_BYTES = 128 + MAX_MOVERS * WORD.size
 """640: the payload that follows stays aligned to 128 bytes."""
 TAGS = 128
 
-_FIXED = struct.Struct("<8sHHIQ32s32sQ")
+_FIXED = struct.Struct("<8sHHIQ32s32sQ32s")
+"""The last field is spare: zero, and checked like the rest."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def _write(view: memoryview, about: Description, checksum: int) -> None:
         about.key,
         about.layout,
         checksum,
+        b"",
     )
 
 
@@ -70,8 +72,6 @@ def is_intact(view: memoryview, about: Description) -> bool:
     """Whether `view` holds exactly the object described, every byte of it as it was sealed."""
     if len(view) != HEADER_BYTES + about.payload_bytes:
         return False
+    checksum = xxh3_64_intdigest(view[HEADER_BYTES:])
     expected = (MAGIC, VERSION, HEADER_BYTES, about.pages, about.payload_bytes)
-    *found, key, layout, checksum = _FIXED.unpack_from(view, 0)
-    if (*found, key, layout) != (*expected, about.key, about.layout):
-        return False
-    return bool(xxh3_64_intdigest(view[HEADER_BYTES:]) == checksum)
+    return _FIXED.unpack_from(view, 0) == (*expected, about.key, about.layout, checksum, bytes(32))

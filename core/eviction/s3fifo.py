@@ -33,7 +33,7 @@ _COUNTED_USES = 3
 class S3FIFOPolicy(EvictionPolicy):
     """What was hardly used since it came leaves soon; what comes back after that stays longer.
 
-    Newcomers queue in `small`, those that left it a short time ago in `main`. At the end of
+    Newcomers queue in `small`, those evicted from there a short time ago in `main`. At the end of
     `small`, entries that were used twice go to `main`; at the end of `main`, used entries queue
     again, one use poorer. 18 bytes per entry, and 25 for each of the evicted it remembers, which
     are no more than there are residents.

@@ -57,7 +57,7 @@ class Planner:
         """The fewest runs that copy `spans`, for all regions or one of them."""
         chosen = range(len(self._layout.regions)) if region is None else (region,)
         pieces = [self._pieces(span, index) for span in spans for index in chosen]
-        if not pieces:
+        if not any(piece[0].size for piece in pieces):
             none = np.empty(0, dtype=np.int64)
             return Runs(none, none, none)
         engine = np.concatenate([piece[0] for piece in pieces])
@@ -81,8 +81,10 @@ class Planner:
         ids = np.asarray(span.pages, dtype=np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < region.pages:
             raise IndexError(f"page ids {ids.min()}..{ids.max()}; the engine has {region.pages}")
-        if span.first + len(ids) > span.object_pages:
-            raise IndexError(f"{len(ids)} pages from {span.first} on; the object has fewer")
+        if not 0 <= span.first <= span.object_pages - len(ids):
+            raise IndexError(
+                f"{len(ids)} pages from {span.first} on; the object has {span.object_pages}"
+            )
         inner = np.asarray(region.run_offsets, dtype=np.int64)
         engine = region.base + ids[:, None] * region.page_stride + inner
         start = span.payload + self.object_offset(index, span.first, span.object_pages)

@@ -97,11 +97,11 @@ whose name begins with `lmcache` are left alone.
 
 {variables}
 
-## Keys of other versions
+## Keys that mean nothing here
 
-LMCache/LMCache has these keys besides. They mean nothing here: they are accepted, so that its
-configurations load, and named in one warning with the places they came from. The same holds for
-everything that begins with `ec_`, `nixl_peer_` or `mp.`, and for its keys inside `extra_config`.
+LMCache/LMCache has these keys besides. They are accepted, so that its configurations load, and
+named in one warning with the places they came from. The same holds for everything that begins with
+`ec_`, `nixl_peer_` or `mp.`, and for its keys inside `extra_config`.
 
 {ignored}
 """

@@ -174,20 +174,24 @@ class BackendSuite:
     def test_putting_again_shows_neither_a_mixture_nor_a_gap(
         self, backend: StorageBackend, keys: Keys
     ) -> None:
-        size, rounds = 1 << 20, 30
+        size, rounds = 1 << 20, 15
+        writers = threading.Semaphore(0)
         backend.put(keys(), memoryview(bytes(size)))
 
-        def write(value: int) -> None:
-            for _ in range(rounds):
-                backend.put(keys(), memoryview(bytes([value]) * size))
+        def write(*values: int) -> None:
+            try:
+                for value in values * rounds:
+                    backend.put(keys(), memoryview(bytes([value]) * size))
+            finally:
+                writers.release()
 
         def read() -> None:
-            for _ in range(rounds):
+            while not writers.acquire(blocking=False):
                 data = got(backend, keys(), size)
                 assert data is not None, "an object vanished while it was put again"
                 assert bytes(data) == bytes(data[:1]) * size, "an object mixed two writes"
 
-        at_once(lambda: write(1), lambda: write(2), read, read)
+        at_once(read, read, lambda: write(1, 2), lambda: write(3, 4))
 
     def test_keys_that_differ_in_one_bit_do_not_meet(
         self, backend: StorageBackend, keys: Keys

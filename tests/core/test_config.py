@@ -51,7 +51,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "extra_config": st.none() | st.dictionaries(NAMES, st.integers() | st.booleans() | NAMES),
 }
 PASSWORD = "hunter2"
-COMPANIONS = {
+COMPANIONS: dict[str, dict[str, Any]] = {
     "local_cpu": {"remote_url": "memory://"},
     "local_disk": {"max_local_disk_size": 1},
     "max_local_disk_size": {"local_disk": "/var/cache/kv"},

@@ -47,7 +47,7 @@ def vllm_log(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 
 @pytest.fixture(scope="session")
 def start_engine(model_dir: Path, vllm_log: Callable[[], Path]) -> Callable[..., Any]:
-    """Starts a `harness.Engine` on the small model; takes vLLM's engine arguments, `env` and `one_process`."""
+    """Starts a `harness.Engine` on the small model with the given engine arguments of vLLM."""
 
     def start(
         *, env: dict[str, str] | None = None, one_process: bool = False, **engine_args: Any
@@ -64,7 +64,7 @@ def start_engine(model_dir: Path, vllm_log: Callable[[], Path]) -> Callable[...,
 
 @pytest.fixture(scope="session")
 def run_vllm(vllm_log: Callable[[], Path]) -> Callable[..., dict[str, Any]]:
-    """`harness.run_vllm`, which calls a function of a test file in a fresh process, with its log in place."""
+    """Calls a function of a test file in a fresh process, as `harness.run_vllm` does."""
 
     def run(function: Callable[..., dict[str, Any]], **options: Any) -> dict[str, Any]:
         return harness.run_vllm(function, log=vllm_log(), **options)

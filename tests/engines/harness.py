@@ -1,14 +1,14 @@
 """Real vLLM in a child process, for tests.
 
-The parent's half is `Engine` (one engine, many requests) and `run_vllm` (one function of a test file). Both run
-this file as a script and talk JSON lines with it over a socket: `{"id", "op", "arguments"}` goes in, `{"id",
-"result"}` or `{"id", "error"}` comes back, in any order. The child's output goes to a log file, vLLM's and the
-connector's lines included.
+The parent's half is `Engine` (one engine, many requests) and `run_vllm` (one function of a test
+file). Both run this file as a script and talk JSON lines with it over a socket: `{"id", "op",
+"arguments"}` goes in, `{"id", "result"}` or `{"id", "error"}` comes back, in any order. What the
+child prints, which includes vLLM's and the connector's lines, goes to a log file.
 
-What an engine costs on two cores, with the model of 135 million parameters: each of its processes imports vLLM
-(6 s), and torch.compile takes 50 s more, so `enforce_eager` is the default. Frontend, EngineCore and worker take
-25 s; with `one_process=True` EngineCore and worker share a process, as on one GPU, which takes 15 s and computes
-with both cores.
+What an engine costs on two idle cores, with the model of 135 million parameters: every process of
+it imports vLLM, 6 s, and torch.compile takes 50 s, so `enforce_eager` is the default. Frontend,
+EngineCore and worker are up in 25 s. With `one_process=True` EngineCore and worker share a process,
+as they do on one GPU; that is up in 15 s, and computes on both cores instead of one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 VLLM_PATH = "LMCACHE_TEST_VLLM_PATH"
-"""Names a folder made with `pip install --target`, whose vLLM is to be used instead of the installed one."""
+"""Names a folder made by `pip install --target`, whose vLLM replaces the installed one."""
 
 ENGINE_DEFAULTS = {
     "max_model_len": 4096,
@@ -75,7 +76,7 @@ class Completion:
     kv_transfer_params: dict[str, Any] | None
 
 
-# --- the parent's half -------------------------------------------------------------------------------------------
+# --- the parent's half ----------------------------------------------------------------------------
 
 
 class Child:
@@ -122,21 +123,23 @@ class Child:
     def wait(self, future: Future[Any], timeout: float, what: str = "an answer") -> Any:
         try:
             return future.result(timeout)
-        except TimeoutError as error:
+        except FutureTimeoutError as error:
             self.kill()
             raise ChildError(f"no {what} after {timeout} s\n{self._tail()}") from error
 
     def close(self, timeout: float = 30) -> None:
         """Shut the engine down, then end the child and whatever it left behind."""
-        with contextlib.suppress(ChildError, TimeoutError):
+        with contextlib.suppress(ChildError, FutureTimeoutError):
             self.submit("stop").result(timeout)
         self.kill()
 
     def kill(self) -> None:
         """End the child's whole process group at once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        # once it has been waited for, its number may be another's
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         self._reader.join()
         self._socket.close()
 
@@ -232,7 +235,7 @@ class Engine:
         self._child.call("abort", request_ids=request_ids, timeout=30)
 
     def stats(self) -> dict[str, Any]:
-        """vLLM's `version`, its `block_size`, `num_blocks`, and how many requests are `unfinished`."""
+        """vLLM's `version`, `block_size`, `num_blocks` and its number of `unfinished` requests."""
         stats: dict[str, Any] = self._child.call("stats", timeout=30)
         return stats
 
@@ -291,7 +294,7 @@ def import_file(path: Path) -> ModuleType:
     return module
 
 
-# --- the child's half --------------------------------------------------------------------------------------------
+# --- the child's half -----------------------------------------------------------------------------
 
 
 class Host:
@@ -322,7 +325,7 @@ class Host:
             return await asyncio.gather(*(self.running[request_id] for request_id, _ in requests))
         finally:
             for request_id, _ in requests:
-                del self.running[request_id]
+                self.running.pop(request_id, None)
 
     async def complete(
         self, request_id: str, prompt: Any, sampling: dict[str, Any]
@@ -331,13 +334,13 @@ class Host:
 
         if isinstance(prompt, list):
             prompt = {"prompt_token_ids": prompt}
+        params = SamplingParams(**sampling)
         output = ttft_s = None
         begin = time.perf_counter()
         # cancelled: the client hung up, and what it has by then is its answer
         with contextlib.suppress(asyncio.CancelledError):
-            async for output in self.engine.generate(
-                prompt, SamplingParams(**sampling), request_id
-            ):
+            async for latest in self.engine.generate(prompt, params, request_id):
+                output = latest
                 ttft_s = ttft_s or time.perf_counter() - begin
         choice = output.outputs[0] if output else None
         return {
@@ -392,7 +395,7 @@ async def serve(descriptor: int) -> None:
     async def answer(number: int, op: str, arguments: dict[str, Any]) -> None:
         try:
             reply = {"result": await getattr(host, op)(**arguments)}
-        except Exception:  # noqa: BLE001  the parent raises it
+        except Exception:
             reply = {"error": traceback.format_exc()}
         writer.write(json.dumps({"id": number, **reply}).encode() + b"\n")
         await writer.drain()

@@ -338,7 +338,11 @@ def test_offers_are_asked_for_once_and_commands_when_they_are_needed() -> None:
     plugins = manager()
 
     def offering(hook: str) -> Callable[[], list[Any]]:
-        return lambda: asked.append(hook) or [SPECS[hook]]
+        def offer() -> list[Any]:
+            asked.append(hook)
+            return [SPECS[hook]]
+
+        return offer
 
     plugins.register(plugin(**{hook: offering(hook) for hook in SPECS}), "all")
     assert sorted(asked) == sorted(SPECS.keys() - {"lmcache_commands"})
