@@ -67,7 +67,9 @@ class DiskBackend(StorageBackend):
         """Open `file:///dir?max_size=10GB&min_free=1GB`."""
         parsed = parse_url(url, options=("max_size", "min_free"))
         if parsed.host or not parsed.path:
-            raise ConfigError(f"{redact_value(url)!r} names no absolute directory; write file:///dir")
+            raise ConfigError(
+                f"{redact_value(url)!r} names no absolute directory; write file:///dir"
+            )
         return cls(parsed.path, max_size=parsed.size("max_size"), min_free=parsed.size("min_free"))
 
     def put(self, key: ChunkKey, data: memoryview) -> bool:

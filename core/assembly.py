@@ -27,19 +27,20 @@ def assemble(
 ) -> tuple[Decider, Tiers]:
     """Reserve the slab and open every tier of `config`; what fails to open raises its own error."""
     size = clamp_budget(int(config.max_local_cpu_size * GIB), memory_limit())
+    policy = create_policy(config.cache_policy, size)
     opened: list[Tier] = []
     try:
         for url in config.tier_urls():
             opened.append(Tier(url.partition("://")[0], open_backend(url)))
+        decider = Decider(
+            Slab.create(size),
+            policy,
+            counters=Counters(),
+            keep=config.local_cpu,
+            lease_s=config.pin_timeout_sec,
+        )
     except BaseException:
         for tier in opened:
             tier.backend.close()
         raise
-    decider = Decider(
-        Slab.create(size),
-        create_policy(config.cache_policy, size),
-        counters=Counters(),
-        keep=config.local_cpu,
-        lease_s=config.pin_timeout_sec,
-    )
     return decider, Tiers(decider, opened, fetch_timeout_s=config.fetch_timeout_ms / 1e3)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lmcache.core.errors import HandoverError, LMCacheError
 from lmcache.core.flights import Flights
 from lmcache.core.geometry import Geometry, combined_layout, pages_per_chunk
 from lmcache.core.handover import Grant, Visit, address_of
 from lmcache.core.log import init_logger
+from lmcache.core.slab import MAX_MOVERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,12 +23,16 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+Answer = TypeVar("Answer")
+
 
 def geometry_of(hellos: list[Hello], chunk_size: int) -> Geometry:
     """The objects of an engine with these movers. Raises `HandoverError` if they cannot share."""
     page_tokens = {hello.page_tokens for hello in hellos}
-    if len(page_tokens) != 1:
+    if len(page_tokens) != 1 or min(page_tokens) < 1:
         raise HandoverError(f"movers have pages of {sorted(page_tokens)} tokens")
+    if any(hello.number >= MAX_MOVERS for hello in hellos):
+        raise HandoverError(f"{len(hellos)} movers; a slab has words for {MAX_MOVERS}")
     slices: dict[int, Hello] = {}
     for hello in sorted(hellos, key=lambda hello: hello.number):
         twin = slices.setdefault(hello.slice_index, hello)
@@ -71,13 +77,15 @@ class Attachment:
         Raises `HandoverError` if a mover is missing; then nothing has been built or is kept.
         """
         visits: list[Visit] = []
-        tiers: Tiers | None = None
+        built: tuple[Decider, Tiers] | None = None
         try:
             for number in range(movers):
                 visits.append(Visit(address_of(engine_id, number), timeout_s))
             hellos = [visit.hello for visit in visits]
+            if [hello.number for hello in hellos] != list(range(movers)):
+                raise HandoverError(f"movers say they are {[hello.number for hello in hellos]}")
             geometry = geometry_of(hellos, chunk_size)
-            decider, tiers = build(geometry)
+            built = decider, tiers = build(geometry)
             writers = {hello.slice_index: hello.number for hello in reversed(hellos)}
             for visit in visits:
                 visit.grant(
@@ -93,8 +101,9 @@ class Attachment:
         except BaseException:
             for visit in visits:
                 visit.close()
-            if tiers:
-                tiers.close()
+            if built:
+                built[1].close()
+                built[0].slab.close()
             raise
         return cls(decider, tiers, geometry, Flights(decider, geometry, movers), visits)
 
@@ -104,11 +113,12 @@ class Attachment:
 
     def close(self) -> None:
         """Let go of the movers and the tiers. The slab goes with its last mapping."""
-        for call in self.on_close:
-            call()
-        for visit in self.visits:
-            visit.close()
-        self.tiers.close()
+        with ExitStack() as stack:  # an error in one of them must not leak the others
+            stack.callback(self.tiers.close)
+            for visit in self.visits:
+                stack.callback(visit.close)
+            for call in reversed(self.on_close):
+                stack.callback(call)
 
 
 class Joining:
@@ -146,7 +156,7 @@ class Joining:
         failures = 0
         while not self._stop.is_set():
             try:
-                attachment = self._attach()
+                self._current = self._attempt(self._attach)
             except LMCacheError as error:
                 if failures == 0:
                     logger.warning("serving without a cache for now: %s", error)
@@ -156,14 +166,25 @@ class Joining:
                 self._stop.wait(pause)
                 continue
             failures = 0
-            self._current = attachment
             self._tried.set()
-            self._watch(attachment)
+            self._watch(self._current)
+            if not self._stop.wait(self.LOSS_S):
+                logger.warning("a mover is gone; serving without a cache until it is back")
 
     def _watch(self, attachment: Attachment) -> None:
         while attachment.is_whole() and not self._stop.is_set():
             self._stop.wait(self.WATCH_S)
         self._current = None
-        attachment.close()
-        if not self._stop.wait(self.LOSS_S):
-            logger.warning("a mover is gone; serving without a cache until it is back")
+        try:
+            self._attempt(attachment.close)
+        except LMCacheError as error:
+            logger.warning("while detaching: %s", error)
+
+    def _attempt(self, what: Callable[[], Answer]) -> Answer:
+        """Whatever goes wrong, this thread must go on: no memory, or an error of a plugin's own."""
+        try:
+            return what()
+        except LMCacheError:
+            raise
+        except Exception as error:
+            raise HandoverError(repr(error)) from error

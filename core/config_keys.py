@@ -86,7 +86,7 @@ class Config(BaseModel):
     save_unfull_chunk: Flag = Field(
         default=True,
         description="Store the tail of a prompt that does not fill a chunk, in whole engine pages;"
-        " upstream's default is false.",
+        " the default of LMCache/LMCache is false.",
     )
     cache_policy: Name = Field(
         default="LRU",

@@ -136,33 +136,35 @@ class CacheEngine:
 
     def close(self) -> None:
         """Finish what slower tiers are writing and free the slab."""
-        self.tiers.close()
-        self._mover.close()
+        try:
+            self.tiers.close()
+        finally:
+            self._mover.close()
 
     def _retrieve(
         self, hit: Hit, pages: Sequence[int], start: int, regions: Sequence[int | None]
     ) -> Generator[int, None, Receipt]:
         started = time.perf_counter()
         first = start // self.geometry.page_tokens
-        moves = moves_for(hit.slots, self.geometry, pages, first, len(pages))
         step = self._flights.depart([], [hit.lease] if hit.lease else [], hit.slots)
         size = 0
         failed: list[Move] = []
         try:
+            moves = moves_for(hit.slots, self.geometry, pages, first, len(pages))
             for region in regions:
                 copied, bad = self._mover.load(moves, region)
                 size, failed = size + copied, failed + bad
                 if region is not None:
                     yield region
         finally:
-            self._mover.finish(step)
-            self._flights.settle()
+            self._flights.land(step)
         good = next((i for i, move in enumerate(moves) if move in failed), len(moves))
         loaded = sum(len(move.pages) for move in moves[:good]) * self.geometry.page_tokens
         asked = sum(len(move.pages) for move in moves) * self.geometry.page_tokens
         reason = Reason.LOAD_FAILED if failed else Reason.NONE
         spent = (time.perf_counter() - started) * 1e3
-        return Receipt(loaded, asked, reason, dict(hit.receipt.by_tier), size, spent)
+        by_tier = _stretch(hit.receipt.by_tier, first * self.geometry.page_tokens, loaded)
+        return Receipt(loaded, asked, reason, by_tier, size, spent)
 
     def _store(
         self,
@@ -174,23 +176,32 @@ class CacheEngine:
         tail: bool,
     ) -> Generator[int, None, Receipt]:
         started = time.perf_counter()
-        stop = len(chain.tokens)
+        stop = min(len(chain.tokens), len(pages) * self.geometry.page_tokens)
         slots, reason = self.decider.reserve(chain, self.geometry, start, stop, tail=tail)
-        moves = moves_for(slots, self.geometry, pages, 0, len(pages))
         step = self._flights.depart(slots, [], [])
         size = 0
         try:
+            moves = moves_for(slots, self.geometry, pages, 0, len(pages))
             for region in regions:
                 if region is not None:
                     yield region
                 size += self._mover.store(moves, region)
             self._mover.publish(moves)
         finally:
-            self._mover.finish(step)
-            self._flights.settle()
+            self._flights.land(step)
         stored = sum(slot.pages for slot in slots) * self.geometry.page_tokens
         spent = (time.perf_counter() - started) * 1e3
-        return Receipt(stored, stop - start, reason, {"l1": stored}, size, spent)
+        return Receipt(stored, max(0, stop - start), reason, {"l1": stored}, size, spent)
+
+
+def _stretch(by_tier: dict[str, int], start: int, length: int) -> dict[str, int]:
+    """What each tier has of `length` tokens from `start` on; what L1 has comes first."""
+    parts: dict[str, int] = {}
+    low = 0
+    for tier, tokens in by_tier.items():
+        parts[tier] = max(0, min(low + tokens, start + length) - max(low, start))
+        low += tokens
+    return parts
 
 
 def _drain(steps: Generator[int, None, Receipt]) -> Receipt:

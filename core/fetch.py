@@ -49,6 +49,7 @@ class Fetch:
     leases: list[Lease] = field(default_factory=list)
     """Keep what was found in the slab, and what was fetched since, until the next lookup."""
     done: threading.Event = field(default_factory=threading.Event)
+    started: bool = False
     tier: str = ""
     tokens: int = 0
     reason: Reason = Reason.NEVER_STORED

@@ -16,17 +16,23 @@ import struct
 import sys
 import tempfile
 import threading
+import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from lmcache.core.errors import HandoverError
+from lmcache.core.log import init_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+logger = init_logger(__name__)
+
 PROTOCOL = 1
 MAX_MESSAGE = 64 * 1024
+BUSY_S = 0.1
 _LENGTH = struct.Struct("<I")
 
 
@@ -74,25 +80,34 @@ def _send(sock: socket.socket, message: msgspec.Struct, fds: list[int] | None = 
     sock.sendall(frame[sent:])
 
 
-def _receive(sock: socket.socket, kind: type[Message]) -> tuple[Message, list[int]]:
-    fds = array.array("i")
-    space = socket.CMSG_SPACE(fds.itemsize)
-    head, ancillary, _, _ = sock.recvmsg(_LENGTH.size, space)
+def _receive(
+    sock: socket.socket, kind: type[Message], *, fds: int = 0
+) -> tuple[Message, list[int]]:
+    """A message and the descriptors beside it, of which there must be `fds`."""
+    received = array.array("i")
+    space = socket.CMSG_SPACE(received.itemsize)
+    flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+    head, ancillary, _, _ = sock.recvmsg(_LENGTH.size, space, flags)
     for level, what, data in ancillary:
         if level == socket.SOL_SOCKET and what == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+            received.frombytes(data[: len(data) - len(data) % received.itemsize])
     try:
+        if len(received) != fds:
+            raise HandoverError(f"{len(received)} file descriptors instead of {fds}")
         (length,) = _LENGTH.unpack(head)
         if length > MAX_MESSAGE:
             raise HandoverError(f"a {kind.__name__} of {length} bytes is over {MAX_MESSAGE}")
         body = b""
         while len(body) < length and (part := sock.recv(length - len(body))):
             body += part
-        return msgspec.msgpack.decode(body, type=kind), list(fds)
-    except (struct.error, msgspec.MsgspecError, HandoverError) as error:
-        for fd in fds:
+        return msgspec.msgpack.decode(body, type=kind), list(received)
+    except BaseException as error:
+        for fd in received:
             os.close(fd)
-        raise HandoverError(f"no valid {kind.__name__} from the other process: {error}") from error
+        if isinstance(error, (struct.error, msgspec.MsgspecError, HandoverError)):
+            message = f"no valid {kind.__name__} from the other process: {error}"
+            raise HandoverError(message) from error
+        raise
 
 
 def _same_user(sock: socket.socket) -> bool:
@@ -106,11 +121,16 @@ def _same_user(sock: socket.socket) -> bool:
 class Door:
     """A mover's side: waits for a decider, for as long as the process lives."""
 
+    GRANT_S = 60.0
+    """How long a decider may take from `Hello` to `Grant`: it visits others and opens its tiers."""
+
     def __init__(self, address: str, hello: Hello, granted: Callable[[Grant, int], None]) -> None:
         """`granted(grant, fd)` is called on the door's thread and owns `fd` from then on."""
         self._hello = hello
         self._granted = granted
         self._address = address
+        self._visitor: socket.socket | None = None
+        self._closed = False
         self._listener = socket.socket(socket.AF_UNIX)
         try:
             if not address.startswith("\0") and os.path.exists(address):
@@ -122,35 +142,53 @@ class Door:
             self._listener.close()
             raise HandoverError(f"cannot listen for the decider: {error}") from error
         self._listener.listen(2)
-        threading.Thread(target=self._serve, name="lmcache-door", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="lmcache-door", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening, and let go of the decider."""
+        self._closed = True
+        for sock in (self._listener, self._visitor):
+            with suppress(OSError):
+                if sock:  # closing alone would not wake the thread that waits for it
+                    sock.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._thread.join(self.GRANT_S)
         if not self._address.startswith("\0") and os.path.exists(self._address):
             os.unlink(self._address)
 
     def _serve(self) -> None:
-        while True:
+        while not self._closed:
             try:
-                sock, _ = self._listener.accept()
+                self._visitor, _ = self._listener.accept()
             except OSError:
-                return
-            with sock:
-                if _same_user(sock):
+                if self._closed:
+                    return
+                time.sleep(BUSY_S)  # e.g. no descriptor left
+                continue
+            with self._visitor as sock:
+                if _same_user(sock) and not self._closed:
                     self._meet(sock)
 
     def _meet(self, sock: socket.socket) -> None:
         try:
+            sock.settimeout(self.GRANT_S)
             _send(sock, self._hello)
-            grant, fds = _receive(sock, Grant)
-            if len(fds) != 1:
-                raise HandoverError(f"a grant came with {len(fds)} file descriptors")
-            self._granted(grant, fds[0])
+            grant, fds = _receive(sock, Grant, fds=1)
+            self._take(grant, fds[0])
             sock.sendall(b"\1")
+            sock.settimeout(None)
             sock.recv(1)  # returns when the decider is gone
-        except (OSError, HandoverError):
-            return  # the decider sees the closed connection and says why
+        except (OSError, HandoverError) as error:
+            # the decider sees the closed connection
+            logger.debug("no slab from the decider: %s", error)
+
+    def _take(self, grant: Grant, fd: int) -> None:
+        try:
+            self._granted(grant, fd)
+        except Exception as error:
+            logger.warning("cannot use the slab: %r", error)
+            raise HandoverError(f"cannot use the slab: {error!r}") from error
 
 
 class Visit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -30,21 +31,23 @@ _HELP = {
     "refused": "Chunks not stored because the slab was full of chunks in use",
     "damaged": "Objects of a slower tier that failed their check",
     "tier_errors": "Failed calls of a slower tier",
-    "tier_dropped": "Chunks not written to a slower tier because its queue was full",
+    "tier_dropped": "Chunks not written: the queue or the tier, which is named, was full or failed",
     "expired_leases": "Leases that outlived their deadline",
 }
 
 
 class Counters:
-    """Counts of one cache engine. Incremented under the engine's lock."""
+    """Counts of one cache engine. Any thread may add to them."""
 
     def __init__(self) -> None:
         self.values: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()
 
     def add(self, name: str, amount: int = 1, label: str = "") -> None:
         """Add to a counter; `label` tells a tier or a reason apart."""
         assert name in _HELP, f"unknown counter {name}"
-        self.values[name, label] += amount
+        with self._lock:
+            self.values[name, label] += amount
 
     def looked_up(self, asked: int, hits: dict[str, int], reason: Reason) -> None:
         """Count one lookup."""
@@ -55,7 +58,12 @@ class Counters:
 
     def __getitem__(self, name: str) -> int:
         """The sum over all labels."""
-        return sum(n for (found, _), n in self.values.items() if found == name)
+        return sum(n for (found, _), n in self.copy().items() if found == name)
+
+    def copy(self) -> dict[tuple[str, str], int]:
+        """The counts at one instant."""
+        with self._lock:
+            return dict(self.values)
 
 
 class CacheCollector(Collector):
@@ -68,11 +76,16 @@ class CacheCollector(Collector):
         self._counters = counters
         self._gauges = gauges
 
+    def describe(self) -> list[Metric]:
+        """No names: those of several engines in one process are the same."""
+        return []
+
     def collect(self) -> Iterator[Metric]:
         """Called by the registry at each scrape."""
+        counts = sorted(self._counters.copy().items())
         for name, help_text in _HELP.items():
             family = CounterMetricFamily(f"lmcache_{name}", help_text, labels=["engine", "kind"])
-            for (found, label), value in sorted(self._counters.values.copy().items()):
+            for (found, label), value in counts:
                 if found == name:
                     family.add_metric([self._engine, label], value)
             yield family

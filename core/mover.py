@@ -96,10 +96,11 @@ class Mover:
         return size
 
     def publish(self, moves: Sequence[Move]) -> None:
-        """Every region of `moves` has been stored."""
+        """Every region of `moves` has been stored. A slot not stored whole stays incomplete."""
         if self._writes:
             for move in moves:
-                self._slab.write_word(self._tag(move), move.generation)
+                if len(move.pages) == move.slot_pages:
+                    self._slab.write_word(self._tag(move), move.generation)
 
     def load(self, moves: Sequence[Move], region: int | None = None) -> tuple[int, list[Move]]:
         """Copy slots into pages: bytes copied, and the moves whose slot was not what was promised.

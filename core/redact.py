@@ -12,7 +12,7 @@ _QUERY = re.compile(rf"([?&][^=&#\s]*{_TELLTALE}[^=&#\s]*=)[^&#\s'\"]*", re.IGNO
 # a password may hold any character, however wrongly: after a colon, all up to the last @ goes
 _USER = r"(?<=://)(?:[^\s/?#:]*:%s*|[^\s/?#]*)@"
 _USER_IN_TEXT = re.compile(_USER % r"\S")
-_USER_IN_VALUE = re.compile(_USER % r"[\s\S]")
+_USER_IN_VALUE = re.compile(_USER % r"[\s\S]" + r"|^[^\s/?#:]*:[^\s/]*@")
 
 
 def redact_text(text: str) -> str:

@@ -6,10 +6,12 @@ the one place where `BackendError` becomes a miss and a counter.
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -36,6 +38,8 @@ Answer = TypeVar("Answer")
 TRIES = 3
 REST_S = 10.0
 """After `TRIES` failures in a row a backend is left alone for this long."""
+CLOSE_S = 10.0
+"""How long `close` waits for a backend."""
 
 
 @dataclass
@@ -46,6 +50,9 @@ class Tier:
     backend: StorageBackend
     failures: int = 0
     asleep_until: float = 0.0
+    calls: int = 0
+    """Under way now."""
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def is_awake(self) -> bool:
         """Whether the backend may be asked now."""
@@ -54,13 +61,27 @@ class Tier:
     def failed(self, error: BackendError) -> None:
         """Take note of a failure; after several in a row, rest."""
         self.failures += 1
-        if self.failures >= TRIES:
+        if self.failures >= TRIES and self.is_awake():
             self.asleep_until = time.monotonic() + REST_S
             logger.warning("tier %s rests for %.0f s: %s", self.name, REST_S, error)
 
     def worked(self) -> None:
         """Take note that it answered."""
         self.failures = 0
+
+    def call(self, what: Callable[[StorageBackend], Answer]) -> Answer:
+        """Call the backend. Whatever it raises is a `BackendError`, even if it should not be."""
+        with self.lock:
+            self.calls += 1
+        try:
+            return what(self.backend)
+        except BackendError:
+            raise
+        except Exception as error:
+            raise BackendError(f"{type(self.backend).__name__} raised {error!r}") from error
+        finally:
+            with self.lock:
+                self.calls -= 1
 
 
 class Tiers:
@@ -75,14 +96,19 @@ class Tiers:
         queue: int = 256,
         fetch_timeout_s: float = 5.0,
     ) -> None:
-        """`queue` bounds the chunks waiting to be written; what does not fit is not written."""
+        """`queue` bounds the chunks waiting to be written; what does not fit is not written.
+
+        As many `threads` read as write, so that no reader waits behind that queue.
+        """
         self._decider = decider
         self._tiers = list(tiers)
         self._queue = queue
         self._writes: set[Future[None]] = set()
+        self._reads: set[Future[None]] = set()
         self._timeout_s = fetch_timeout_s
         self._fetches: dict[str, Fetch] = {}
-        self._pool = ThreadPoolExecutor(threads, "lmcache-tier")
+        self._readers = ThreadPoolExecutor(threads, "lmcache-tier-read")
+        self._writers = ThreadPoolExecutor(threads, "lmcache-tier-write")
         if self._tiers:
             decider.on_commit = self._offer
 
@@ -95,16 +121,14 @@ class Tiers:
         if fetch is not None:
             return self._collect(fetch, owner, chain, geometry, stop)
         hit = self._decider.lookup(owner, chain, geometry, stop)
-        counters = self._decider.counters
-        if not self._tiers or hit.receipt.reason not in (Reason.NEVER_STORED, Reason.EVICTED):
-            counters.looked_up(stop, hit.receipt.by_tier, hit.receipt.reason)
-            return hit
-        fetch = Fetch(owner, Want.beyond(hit, chain, stop), time.monotonic() + self._timeout_s)
-        if hit.lease:
-            fetch.leases.append(hit.lease)
-        self._fetches[owner] = fetch
-        self._pool.submit(self._run, fetch, geometry)
-        return None
+        try:
+            if self._fetch(owner, hit, chain, geometry, stop):
+                return None
+        except BaseException:
+            self._decider.release(hit.lease)
+            raise
+        self._decider.counters.looked_up(stop, hit.receipt.by_tier, hit.receipt.reason)
+        return hit
 
     def wait(self, owner: str) -> None:
         """Block until the fetch of `owner`, if any, has ended or timed out."""
@@ -124,13 +148,43 @@ class Tiers:
             writes = set(self._writes)
         wait_for(writes)
 
-    def close(self) -> None:
-        """Finish the writes under way and close the backends."""
-        self._pool.shutdown()
-        for tier in self._tiers:
-            tier.backend.close()
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """Finish the writes under way and close the backends, but wait no longer than this."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        for owner, fetch in list(self._fetches.items()):
+            self.forget(owner)
+            fetch.done.set()
+        with self._decider.lock:
+            self._decider.on_commit = None
+            jobs = self._writes | self._reads
+        stuck = wait_for(jobs, timeout_s).not_done
+        for pool in (self._readers, self._writers):
+            pool.shutdown(wait=not stuck, cancel_futures=True)
+        with ExitStack() as stack:  # an error in one of them must not keep the others open
+            for tier in reversed(self._tiers):
+                stack.callback(tier.backend.close)
 
     # ---- the waiter's side of a fetch
+
+    def _fetch(self, owner: str, hit: Hit, chain: KeyChain, geometry: Geometry, stop: int) -> bool:
+        """Begin to read what `hit` lacks; False if there is nothing to read or nobody to ask."""
+        if hit.receipt.reason not in (Reason.NEVER_STORED, Reason.EVICTED):
+            return False
+        if not any(tier.is_awake() for tier in self._tiers):
+            return False
+        want = Want.beyond(hit, chain, stop)
+        deadline = time.monotonic() + self._timeout_s
+        fetch = Fetch(owner, want, deadline, reason=hit.receipt.reason)
+        if hit.lease:
+            fetch.leases.append(hit.lease)
+        try:
+            read = self._readers.submit(self._run, fetch, geometry)
+        except RuntimeError:  # closed meanwhile
+            return False
+        self._reads.add(read)
+        read.add_done_callback(self._over)
+        self._fetches[owner] = fetch
+        return True
 
     def _collect(
         self, fetch: Fetch, owner: str, chain: KeyChain, geometry: Geometry, stop: int
@@ -140,6 +194,8 @@ class Tiers:
             return None
         hit = self._decider.lookup(owner, chain, geometry, stop)
         reason = fetch.reason if fetch.done.is_set() else Reason.TIMED_OUT
+        if reason is Reason.TIMED_OUT and not fetch.abandoned:
+            self._blame(fetch)
         fetched = min(fetch.tokens, hit.tokens)
         fetch.abandon(self._decider)
         by_tier = {"l1": hit.tokens - fetched}
@@ -150,9 +206,17 @@ class Tiers:
         self._decider.counters.looked_up(stop, by_tier, hit.receipt.reason)
         return replace(hit, receipt=replace(hit.receipt, by_tier=by_tier))
 
+    def _blame(self, fetch: Fetch) -> None:
+        """Nobody answered in time: those who are being asked, or who leave no thread to ask."""
+        late = BackendError(f"no answer within {self._timeout_s} s")
+        for tier in self._tiers:
+            if tier.calls or not fetch.started:
+                tier.failed(late)
+
     # ---- on the tier threads
 
     def _run(self, fetch: Fetch, geometry: Geometry) -> None:
+        fetch.started = True
         try:
             tier, keys, pages = self._best(fetch.want)
             if tier:
@@ -173,6 +237,8 @@ class Tiers:
             count = self._ask(tier, lambda b: b.count_leading(want.keys)) or 0
             if count > most:
                 best, most = tier, count
+            if most == len(want.keys):
+                break
         if best:
             return best, want.keys[:most], want.pages[:most]
         for tier in self._tiers:
@@ -197,9 +263,13 @@ class Tiers:
             slot = decider.place(key, geometry, pages, fetch.want.first_chunk + step)
         if slot is None:
             return Reason.NO_ROOM
-        reason = self._read(tier, slot, geometry)
+        reason = Reason.DAMAGED
+        try:
+            reason = self._read(tier, slot, geometry)
+        finally:
+            if reason is not Reason.NONE:
+                decider.abandon(slot)
         if reason is not Reason.NONE:
-            decider.abandon(slot)
             return reason
         with decider.lock:
             entry = decider.commit(slot, geometry, fresh=False)
@@ -228,21 +298,34 @@ class Tiers:
             self._decider.counters.add("tier_dropped")
             return
         entry = self._decider.pin(slot.key)
-        write = self._pool.submit(self._write, entry, slot, geometry)
+        try:
+            write = self._writers.submit(self._write, entry, slot, geometry)
+        except RuntimeError:  # closed meanwhile
+            self._decider.counters.add("tier_dropped")
+            self._decider.unpin(entry)
+            return
         self._writes.add(write)
-        write.add_done_callback(self._written)
+        write.add_done_callback(partial(self._written, entry))
 
-    def _written(self, write: Future[None]) -> None:
+    def _written(self, entry: int, write: Future[None]) -> None:
+        if write.cancelled():
+            self._decider.unpin(entry)
+        self._over(write)
+
+    def _over(self, job: Future[None]) -> None:
         with self._decider.lock:
-            self._writes.discard(write)
-        write.result()
+            self._writes.discard(job)
+            self._reads.discard(job)
+        if not job.cancelled():
+            job.result()
 
     def _write(self, entry: int, slot: Slot, geometry: Geometry) -> None:
         view = self._decider.slab.view[slot.offset : slot.offset + slot.size]
         try:
             seal(view, _about(slot, geometry))
             for tier in self._tiers:
-                self._ask(tier, lambda backend: backend.put(slot.key, view))
+                if not self._ask(tier, lambda backend: backend.put(slot.key, view)):
+                    self._decider.counters.add("tier_dropped", label=tier.name)
         finally:
             self._decider.unpin(entry)
 
@@ -250,7 +333,7 @@ class Tiers:
         if not tier.is_awake():
             return None
         try:
-            answer = call(tier.backend)
+            answer = tier.call(call)
         except BackendError as error:
             self._decider.counters.add("tier_errors", label=tier.name)
             tier.failed(error)

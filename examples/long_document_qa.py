@@ -22,23 +22,23 @@ import asyncio
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TextIO
 
 GIB = 1 << 30
 MIB = 1 << 20
 LMCACHE = "lmcache"
 PREFIX_CACHE = "prefix-cache"
 LABELS = {LMCACHE: "LMCache hit", PREFIX_CACHE: "vLLM prefix hit"}
+CHILD = "--child"
 COLORS = ("#b8bcc4", "#2f6fb3", "#e0a030")
 ROOM = 256
 """Tokens for the question and the answer, after the document."""
@@ -139,11 +139,11 @@ class Answer:
     text: str
 
 
-def run_leg(job: Job, log: Path, answers: Connection) -> None:
-    """The child's main function. All output of the engine's processes goes to `log`."""
-    with log.open("w") as sink:
-        os.dup2(sink.fileno(), sys.stdout.fileno())
-        os.dup2(sink.fileno(), sys.stderr.fileno())
+def run_leg() -> None:
+    """The child's main function: a job comes in, answers go out, and all else goes to stderr."""
+    job = Job(**json.load(sys.stdin))
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     gib = job.kv_bytes / GIB
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -156,7 +156,7 @@ def run_leg(job: Job, log: Path, answers: Connection) -> None:
     asyncio.run(ask_all(job, answers))
 
 
-async def ask_all(job: Job, answers: Connection) -> None:
+async def ask_all(job: Job, answers: TextIO) -> None:
     from vllm import SamplingParams
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -183,7 +183,8 @@ async def ask_all(job: Job, answers: Connection) -> None:
                     arrivals.append((time.perf_counter() - start, output))
                 (ttft_s, _), (total_s, last) = arrivals[0], arrivals[-1]
                 hit, text = last.num_cached_tokens or 0, last.outputs[0].text
-                answers.send(Answer(phase, number, ttft_s, total_s, hit, text))
+                answer = Answer(phase, number, ttft_s, total_s, hit, text)
+                answers.write(json.dumps(asdict(answer)) + "\n")
     finally:
         engine.shutdown()
 
@@ -194,17 +195,24 @@ async def ask_all(job: Job, answers: Connection) -> None:
 def watch_leg(job: Job, log: Path) -> list[Answer]:
     """Run a leg to its end, and tell how it gets on."""
     print(f"\n{job.leg}: starting vLLM; its log is {log}", flush=True)
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=run_leg, args=(job, log, sender))
-    process.start()
-    # only the child's copy may stay open, or its death would not be an end of file
-    sender.close()
     answers: list[Answer] = []
     count = len(job.prompts) - 1
-    try:
-        while True:
-            answer: Answer = receiver.recv()
+    with (
+        log.open("w") as sink,
+        subprocess.Popen(  # noqa: S603  it runs this very file
+            [sys.executable, __file__, CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=sink,
+            text=True,
+        ) as child,
+    ):
+        assert child.stdin
+        assert child.stdout
+        json.dump(asdict(job), child.stdin)
+        child.stdin.close()
+        for line in child.stdout:
+            answer = Answer(**json.loads(line))
             answers.append(answer)
             done = sum(answer.phase == other.phase for other in answers)
             first_line, *_ = answer.text.strip().split("\n")
@@ -214,8 +222,6 @@ def watch_leg(job: Job, log: Path) -> list[Answer]:
                 f"   {first_line}",
                 flush=True,
             )
-    except EOFError:
-        process.join()
     if len(answers) < 2 + 2 * count:
         print(*log.read_text(errors="replace").splitlines()[-25:], sep="\n", file=sys.stderr)
         sys.exit(f"the {job.leg} leg ended early; {log} has the whole story")
@@ -399,4 +405,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_leg() if sys.argv[1:] == [CHILD] else main()

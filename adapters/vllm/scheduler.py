@@ -64,7 +64,7 @@ class SchedulerSide:
         if hit is None:
             return None
         tracked.local = local
-        need = max(0, hit.tokens - local - (hit.tokens == request.num_tokens))
+        need: int = max(0, hit.tokens - local - (hit.tokens == request.num_tokens))
         if known is None:
             logger.info(
                 "Reqid: %s, Total tokens %d, LMCache hit tokens: %d, need to load: %d",

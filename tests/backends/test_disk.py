@@ -143,7 +143,9 @@ class TestFiles:
             for n in range(10, 40):
                 assert put(backend, n, 100_000)
         with DiskBackend(tmp_path, max_size=0, min_free=0):
-            assert not [p for p in files(tmp_path, ".kv") if p not in foreign and not p.is_symlink()]
+            assert not [
+                p for p in files(tmp_path, ".kv") if p not in foreign and not p.is_symlink()
+            ]
         assert all(path.read_bytes() == b"x" * 10_000 for path in foreign)
         assert (leaf / f"{key(2).hex()}.kv").is_symlink()
         assert (leaf / f"{key(3).hex()}.kv").is_dir()

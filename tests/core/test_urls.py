@@ -31,14 +31,18 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1G", "1XB", "1e9", "1,5GB", "1GB2", "\u0661", "1.GB"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "1G", "1XB", "1e9", "1,5GB", "1GB2", "\u0661", "1.GB"]
+)
 def test_what_is_not_a_size(text):
     with pytest.raises(ConfigError, match=r"is not a size; write bytes.*GB is 1000\*\*3"):
         parse_size(text)
 
 
 def test_the_parts_of_a_url():
-    url = parse_url("redis://me:p%40ss@Host:6379/a%20b/c?max_size=1MB&x=1+2", options=("max_size", "x"))
+    url = parse_url(
+        "redis://me:p%40ss@Host:6379/a%20b/c?max_size=1MB&x=1+2", options=("max_size", "x")
+    )
     assert (url.scheme, url.host, url.port, url.path) == ("redis", "host", 6379, "/a b/c")
     assert (url.username, url.password) == ("me", "p@ss")
     assert url.options == {"max_size": "1MB", "x": "1 2"}
@@ -55,7 +59,9 @@ def test_a_path_of_any_bytes():
     assert parse_url("file:///a%FF").path.encode(errors="surrogateescape") == b"/a\xff"
 
 
-@pytest.mark.parametrize("url", ["", "file", "/dir", "file:/dir", "file:dir", "redis://[x", "redis://h:port/"])
+@pytest.mark.parametrize(
+    "url", ["", "file", "/dir", "file:/dir", "file:dir", "redis://[x", "redis://h:port/"]
+)
 def test_what_is_not_a_url(url):
     with pytest.raises(ConfigError, match="malformed URL"):
         parse_url(url)
@@ -67,7 +73,9 @@ def test_a_nul_in_the_path_is_refused():
 
 
 def test_an_unknown_option_names_the_nearest():
-    with pytest.raises(ConfigError, match="unknown option 'maxsize' in a 'file' URL; did you mean 'max_size'"):
+    with pytest.raises(
+        ConfigError, match="unknown option 'maxsize' in a 'file' URL; did you mean 'max_size'"
+    ):
         parse_url("file:///d?maxsize=1", options=("min_free", "max_size"))
     with pytest.raises(ConfigError, match="unknown option 'zzz' in a 'file' URL; did you mean"):
         parse_url("file:///d?zzz=1", options=("min_free", "max_size"))
@@ -80,7 +88,9 @@ def test_an_option_given_twice_is_refused():
         parse_url("file:///d?x=1&x=1", options=("x",))
 
 
-@pytest.mark.parametrize("url", ["file:///d?x", "file:///d?=1", "file:///d#x", "file:///d?x=1#y", "file:///d?X=1"])
+@pytest.mark.parametrize(
+    "url", ["file:///d?x", "file:///d?=1", "file:///d#x", "file:///d?x=1#y", "file:///d?X=1"]
+)
 def test_malformed_options_are_refused(url):
     with pytest.raises(ConfigError, match="malformed"):
         parse_url(url, options=("x", "X"))

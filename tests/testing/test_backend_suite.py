@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -326,7 +325,9 @@ def test_a_broken_backend_fails_its_rule_and_no_other(pytester, monkeypatch):
         **{cls.__name__: {rule} for cls, rule in BROKEN.items()},
     }
     result.stdout.fnmatch_lines(["*an object vanished while it was put again*"])
-    result.stdout.fnmatch_lines(["*test_put_copies is replaced; mark it xfail(reason=...) instead*"])
+    result.stdout.fnmatch_lines(
+        ["*test_put_copies is replaced; mark it xfail(reason=...) instead*"]
+    )
 
 
 def test_every_rule_is_failed_by_some_backend():
@@ -407,9 +408,3 @@ def test_a_check_without_a_url_fails(pytester):
     result = pytester.runpytest_subprocess(*CHECK, "-x")
     result.stdout.fnmatch_lines(["*needs -p lmcache.testing.plugin --lmcache-backend URL*"])
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-
-
-def test_rules_are_documented_by_their_names():
-    for name in RULES:
-        assert len(name.split("_")) > 2, f"{name} does not read as a rule"
-        assert inspect.isfunction(vars(BackendSuite)[name])

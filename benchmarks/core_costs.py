@@ -69,7 +69,7 @@ def copies() -> dict[str, Any]:
     engine = _engine("LRU", 2 << 30, 30, (pool, 3, 128, 128))
     tokens = list(range(pages_of_prompt * 128))
     pages = random.Random(0).sample(range(pool), pages_of_prompt)
-    mover = engine._mover  # noqa: SLF001  (the benchmark measures below the public call)
+    mover = engine._mover
     chain = engine.chain(tokens)
     slots, _ = engine.decider.reserve(chain, engine.geometry, 0, len(tokens), tail=True)
     moves = moves_for(slots, engine.geometry, pages, 0, pages_of_prompt)

@@ -1,0 +1,71 @@
+"""`make bench`: prints every figure of the README and writes them to `bench-results/`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def show(title: str, figures: dict[str, Any]) -> None:
+    """Print one group of figures."""
+    print(f"\n{title}")
+    for name, value in figures.items():
+        print(f"  {name:28} {_text(value)}")
+    sys.stdout.flush()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{key} {number:.3f}" for key, number in value.items())
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """Run the groups that were asked for."""
+    groups = ("copies", "lookups", "index", "vllm")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("groups", nargs="*", choices=[*groups, []], help="default: all")
+    parser.add_argument("--model", help="a model for vLLM; default: the demo's")
+    chosen = parser.parse_args()
+    wanted = chosen.groups or groups
+
+    sys.path.insert(0, str(ROOT / "examples"))
+    import core_costs
+    import vllm_costs
+
+    results: dict[str, Any] = {"machine": platform.processor(), "python": platform.python_version()}
+    if "copies" in wanted:
+        results["copies"] = core_costs.copies()
+        show("copy path against memcpy of the same bytes", results["copies"])
+    if "lookups" in wanted:
+        results["lookups"] = core_costs.lookups()
+        show("lookup of a prompt that is all stored, milliseconds", results["lookups"])
+    if "index" in wanted:
+        for policy in ("LRU", "S3FIFO", "ARC"):
+            figures = results[f"index {policy}"] = core_costs.index(policy)
+            show(f"index with a million chunks, {policy}", figures)
+    if "vllm" in wanted:
+        from model import prepare_model
+
+        model = chosen.model or str(prepare_model())
+        results["vllm"] = vllm_costs.run(model)
+        show(
+            "vLLM, requests without a hit, with the connector against without",
+            results["vllm"]["misses"],
+        )
+        show("vLLM, a warm request against vLLM's own prefix hit", results["vllm"]["hits"])
+
+    folder = ROOT / "bench-results"
+    folder.mkdir(exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    print(f"\nwritten to {folder / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()

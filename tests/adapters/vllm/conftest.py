@@ -1,0 +1,96 @@
+"""Contract tests of the vLLM adapter, on vLLM's own scheduler and wrapper without a model.
+
+`rig.Engine` is the engine; `codes` says what its fake model writes into pages that are real tensors,
+and `runner` calls the connector in the order of vLLM's model runners. They need an installed vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+def load(name: str) -> ModuleType:
+    """Import a helper of this folder, which belongs to no package, as `fake_<name>`."""
+    full = f"fake_{name}"
+    spec = importlib.util.spec_from_file_location(full, HERE / f"{name}.py")
+    module = sys.modules[full] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def rig() -> ModuleType:
+    """The helpers, once vLLM is imported; its imports warn of what it has deprecated itself."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load("codes")
+        load("runner")
+        return load("rig")
+
+
+@pytest.fixture(scope="session")
+def base_config(rig: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return rig.make_base_config(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def make_engine(rig: ModuleType, base_config: Any) -> Iterator[Callable[..., Any]]:
+    """Makes a `rig.Engine` from its options; all are closed after the test."""
+    engines = []
+
+    def make(**options: Any) -> Any:
+        engines.append(rig.Engine(base_config, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def engine(make_engine: Callable[..., Any]) -> Any:
+    return make_engine()
+
+
+class Lines(logging.Handler):
+    """The connector's log lines."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def about(self, text: str) -> list[str]:
+        """Messages that contain `text`."""
+        return [m for record in self.records if text in (m := record.getMessage())]
+
+    @property
+    def errors(self) -> list[str]:
+        return [r.getMessage() for r in self.records if r.levelno >= logging.ERROR]
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    """What LMCache logs during the test."""
+    handler = Lines()
+    logger = logging.getLogger("lmcache")
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)

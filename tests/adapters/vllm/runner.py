@@ -1,0 +1,218 @@
+"""The worker's half of a fake vLLM: pages that are real tensors, and a forward pass without a model.
+
+The order in which the connector is called is that of vLLM's own model runners; `loads` says of which
+version. Every word that a forward pass reads is checked.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from fake_codes import FIRST_OUTPUT, OUTPUTS, Codes, sample, words
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+
+GARBAGE = 0xA5
+WRONG_TOKEN = FIRST_OUTPUT + OUTPUTS + 1
+"""What the fake model samples if a page it read was wrong."""
+
+
+@dataclass
+class Sequence:
+    """What a model runner keeps of one request."""
+
+    tokens: list[int]
+    prompt: int
+    pages: list[int]
+    codes: Codes
+    poisoned: set[int] = field(default_factory=set)
+    """Ranks whose hidden states went wrong in this step."""
+
+
+class Rank:
+    """One worker: its connector and its pages."""
+
+    def __init__(self, number: int, connector: Any, kv_caches: dict[str, torch.Tensor]) -> None:
+        self.number = number
+        self.connector = connector
+        self.kv_caches = kv_caches
+        self.code_rank = number
+        """Ranks that hold the same bytes share it."""
+        # every layer as words: (pages, heads, tokens, words)
+        self.layers = [tensor.view(torch.int64).numpy() for tensor in kv_caches.values()]
+        for layer in self.layers:
+            layer[:] = np.uint64(int.from_bytes(bytes([GARBAGE]) * 8, "little")).astype(np.int64)
+
+    @property
+    def impl(self) -> Any:
+        """Our connector inside vLLM's wrapper."""
+        return self.connector._lmcache_engine
+
+    @property
+    def side(self) -> Any:
+        return self.impl._worker
+
+    def content(self, layer: int, pages: Iterable[int]) -> np.ndarray:
+        """What these pages hold: (tokens, heads, words)."""
+        found = self.layers[layer][list(pages)]  # (pages, heads, tokens, words)
+        return np.moveaxis(found, 2, 1).reshape(-1, found.shape[1], found.shape[3])
+
+
+class Runner:
+    """Runs the steps of vLLM's scheduler on all ranks of one engine."""
+
+    def __init__(self, ranks: list[Rank], page_tokens: int) -> None:
+        self.ranks = ranks
+        self.page_tokens = page_tokens
+        self.sequences: dict[str, Sequence] = {}
+        self.loads = "late"
+        """`early`: as up to 0.28, before every forward pass; `late`: as since 0.29."""
+        self.full_graph = False
+        """No hook of a layer is called, and there is no attention metadata."""
+        self.pickled = False
+        """The step crosses a process boundary."""
+        self.drafter = False
+        """Errors are asked for before stores are finished, as with speculative decoding."""
+        self.invalid: list[set[int]] = []
+        """Pages reported in each step."""
+        self.wrong: list[dict[str, set[int]]] = []
+        """Pages that each request read in each step and that did not hold what they should."""
+        self.events: list[Any] = []
+
+    def check_wrong(self, depth: int) -> None:
+        """Every wrong page was reported, in its step or one of `depth - 1` before it."""
+        for step, wrong in enumerate(self.wrong):
+            reported = set().union(*self.invalid[max(0, step - depth + 1) : step + 1])
+            for name, pages in wrong.items():
+                assert pages & reported, f"step {step}: {name} read {pages} unnoticed"
+
+    # ---- the requests
+
+    def _update(self, scheduled: Any) -> dict[str, int]:
+        """Take note of what is new; tokens computed before this step, by request."""
+        for request_id in scheduled.finished_req_ids:
+            self.sequences.pop(request_id, None)
+        before = {}
+        for new in scheduled.scheduled_new_reqs:
+            tokens = list(new.prefill_token_ids or new.prompt_token_ids or [])
+            images = [
+                (item.identifier, item.mm_position.offset, item.mm_position.length)
+                for item in new.mm_features
+            ]
+            lora = new.lora_request.lora_name if new.lora_request else ""
+            self.sequences[new.req_id] = Sequence(
+                tokens, len(new.prompt_token_ids), list(new.block_ids[0]), Codes(lora, images)
+            )
+            before[new.req_id] = new.num_computed_tokens
+        cached = scheduled.scheduled_cached_reqs
+        for i, request_id in enumerate(cached.req_ids):
+            sequence = self.sequences[request_id]
+            fresh = cached.new_block_ids[i]
+            if request_id in cached.resumed_req_ids:
+                sequence.pages = list(fresh[0])
+                sequence.tokens = list(cached.all_token_ids.get(request_id, sequence.tokens))
+            elif fresh:
+                sequence.pages += fresh[0]
+            del sequence.tokens[sequence.prompt + cached.num_output_tokens[i] :]
+            before[request_id] = cached.num_computed_tokens[i]
+        return before
+
+    # ---- one step
+
+    def execute(self, scheduled: Any) -> ModelRunnerOutput:
+        before = self._update(scheduled)
+        counts = scheduled.num_scheduled_tokens
+        after = {name: before[name] + count for name, count in counts.items()}
+        self.wrong.append({})
+        output = KVConnectorOutput()
+        for rank in self.ranks:
+            self._run_rank(rank, scheduled, before, after, output)
+        self.invalid.append(output.invalid_block_ids)
+        sampled = [self._sample(name, after[name]) for name in counts]
+        return ModelRunnerOutput(
+            req_ids=list(counts),
+            req_id_to_index={name: i for i, name in enumerate(counts)},
+            sampled_token_ids=sampled,
+            kv_connector_output=None if output.is_empty() else output,
+        )
+
+    def _sample(self, name: str, after: int) -> list[int]:
+        sequence = self.sequences[name]
+        if after < len(sequence.tokens):
+            sequence.poisoned.clear()
+            return []
+        token = sample(int(sequence.codes.upto(sequence.tokens)[after - 1]))
+        if sequence.poisoned:
+            token = WRONG_TOKEN
+            sequence.poisoned.clear()
+        sequence.tokens.append(token)
+        return [token]
+
+    def _run_rank(
+        self, rank: Rank, scheduled: Any, before: dict, after: dict, output: KVConnectorOutput
+    ) -> None:
+        connector, meta = rank.connector, scheduled.kv_connector_metadata
+        meta = pickle.loads(pickle.dumps(meta)) if self.pickled else meta
+        idle = not after
+        has_metadata = not idle and not self.full_graph
+        names = list(rank.kv_caches)
+        context = SimpleNamespace(attn_metadata=dict.fromkeys(names, ()) if has_metadata else None)
+        connector.bind_connector_metadata(meta)
+        loads_now = self.loads == "early" or scheduled.has_sync_kv_loads
+        if loads_now:
+            connector.start_load_kv(context)
+        for layer, name in enumerate(names):
+            if has_metadata:
+                connector.wait_for_layer_load(name)
+            self._attend(rank, layer, before, after)
+            if has_metadata:
+                connector.save_kv_layer(name, rank.kv_caches[name], ())
+        if not loads_now:
+            connector.start_load_kv(context)
+        if not self.drafter and not (idle and self.loads == "early"):
+            connector.wait_for_save()
+        assert connector.get_finished(scheduled.finished_req_ids) == (None, None)
+        output.invalid_block_ids |= connector.get_block_ids_with_load_errors()
+        if events := connector.get_kv_connector_kv_cache_events():
+            self.events.append(copy.copy(events))
+        if self.drafter:
+            connector.wait_for_save()
+        connector.clear_connector_metadata()
+
+    def _attend(self, rank: Rank, layer: int, before: dict, after: dict) -> None:
+        """Write the new tokens of all requests, then read everything each of them attends to."""
+        cache, size = rank.layers[layer], self.page_tokens
+        _, heads, _, per_head = cache.shape
+        for name, stop in after.items():
+            sequence, start = self.sequences[name], before[name]
+            codes = sequence.codes.upto(sequence.tokens)[start:stop]
+            assert len(codes) == stop - start, f"{name} computes tokens nobody knows"
+            new = words(codes, layer, rank.code_rank, heads, per_head).astype(np.int64)
+            if rank.number in sequence.poisoned:
+                new = ~new
+            positions = np.arange(start, stop)
+            pages = np.array(sequence.pages)[positions // size]
+            assert 0 not in pages, f"{name} writes to vLLM's null page"
+            cache[pages, :, positions % size, :] = new
+        for name, stop in after.items():
+            sequence = self.sequences[name]
+            pages = sequence.pages[: -(-stop // size)]
+            expected = words(
+                sequence.codes.upto(sequence.tokens)[:stop],
+                layer,
+                rank.code_rank,
+                heads,
+                per_head,
+            ).astype(np.int64)
+            same = (rank.content(layer, pages)[:stop] == expected).all(axis=(1, 2))
+            if not same.all():
+                bad = {pages[position // size] for position in np.flatnonzero(~same)}
+                self.wrong[-1].setdefault(name, set()).update(bad)
+                # what a wrong rank computes reaches all ranks with the next layer's input
+                sequence.poisoned.update(range(len(self.ranks)))
