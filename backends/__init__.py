@@ -1,0 +1,1 @@
+"""Storage backends and codecs that come with the package: one module each, each a plugin."""

@@ -29,6 +29,7 @@ _NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP)
 _VICTIMS = 16384
 """Candidates kept from one scan: some 4 MB, and as many evictions share the cost of the scan."""
 _STALE_S = 3600
+_DIGITS = 64
 _NAMES = tuple(
     map(re.compile, ("[0-9a-f]{2}", "[0-9a-f]", r"[0-9a-f]{64}\.(kv|[0-9a-f]{16}\.tmp)"))
 )
@@ -72,7 +73,7 @@ class Budget:
 
     def path(self, name: str) -> str:
         """Where the object called `name`, 64 hex digits, is or would be."""
-        assert len(name) == 64
+        assert len(name) == _DIGITS
         self._ledger.check_open()
         return f"{self._directory}/{name[:2]}/{name[2]}/{name}.kv"
 
@@ -117,6 +118,7 @@ class Budget:
             return self._drop(path) is not None
 
     def close(self) -> None:
+        """Let go of the directory; closing twice is a no-op."""
         self._ledger.close()
 
     # all that follows runs with the ledger locked

@@ -31,14 +31,14 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 class DiskBackend(StorageBackend):
     """Keeps at most `max_size` bytes of objects in a directory that other processes may use too.
 
-    The bound holds at every instant, for all processes on the directory together; `Budget` says how.
-    The least recently used objects make room. `min_free` bytes of the file system stay free (if not
+    The bound holds at every instant, for all processes on the directory together: see `Budget`. The
+    least recently used objects make room. `min_free` bytes of the file system stay free (if not
     given, 1 GB or 5 % of it, whichever is less). A full disk is a refusal, not an error.
 
     An object appears by a rename, so it is whole or absent whenever a process is killed. Nothing is
     flushed to the device: after a power failure an object may hold other bytes, which its checksum
-    tells the tier. A file that is found shorter than it said is a miss and is removed; only then may
-    a miss have changed the buffer. Files are for their owner alone. Not for use across a fork.
+    tells the tier. A file that is found shorter than it said is a miss and is removed; only then
+    may a miss have changed the buffer. Files are for their owner alone. Not for use across a fork.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(persistent=True, shared=True)

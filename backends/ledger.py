@@ -42,6 +42,7 @@ class Ledger:
 
     @property
     def used(self) -> int:
+        """The sum, never negative."""
         raw = os.pread(self.check_open(), _SUM.size, 0)
         return int(_SUM.unpack(raw)[0]) if len(raw) == _SUM.size else 0
 

@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lmcache.core.decider import Decider
 from lmcache.core.memory_limit import clamp_budget, memory_limit
 from lmcache.core.metrics import Counters
+from lmcache.core.packing import Packed
 from lmcache.core.slab import Slab
 from lmcache.core.tiers import Tier, Tiers
+from lmcache.core.urls import take_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from lmcache.core.backend import StorageBackend
+    from lmcache.core.codec import Codec
     from lmcache.core.config import Config
     from lmcache.core.eviction import EvictionPolicy
 
 GIB = 1 << 30
 
 
-def assemble(
-    config: Config,
-    create_policy: Callable[[str, int], EvictionPolicy],
-    open_backend: Callable[[str], StorageBackend],
-) -> tuple[Decider, Tiers]:
+class Offers(Protocol):
+    """What users may choose from by name; the plugin manager is one."""
+
+    def create_policy(self, name: str, capacity_bytes: int) -> EvictionPolicy:
+        """The eviction policy of that name."""
+
+    def create_codec(self, name: str) -> Codec:
+        """The codec of that name."""
+
+    def open_backend(self, url: str) -> StorageBackend:
+        """The backend at `url`, open."""
+
+
+def _open_tier(url: str, offers: Offers) -> Tier:
+    """The tier at `url`, whose option `codec` names a codec for its objects."""
+    location, options = take_options(url, ("codec",))
+    codec = offers.create_codec(options["codec"]) if "codec" in options else None
+    backend = offers.open_backend(location)
+    return Tier(url.partition("://")[0], Packed(backend, codec) if codec else backend)
+
+
+def assemble(config: Config, offers: Offers) -> tuple[Decider, Tiers]:
     """Reserve the slab and open every tier of `config`; what fails to open raises its own error."""
     size = clamp_budget(int(config.max_local_cpu_size * GIB), memory_limit())
-    policy = create_policy(config.cache_policy, size)
+    policy = offers.create_policy(config.cache_policy, size)
     opened: list[Tier] = []
     try:
         for url in config.tier_urls():
-            opened.append(Tier(url.partition("://")[0], open_backend(url)))
+            opened.append(_open_tier(url, offers))
         decider = Decider(
             Slab.create(size),
             policy,
             counters=Counters(),
             keep=config.local_cpu,
             lease_s=config.pin_timeout_sec,
+            patience_s=config.lookup_timeout_ms / 1e3,
         )
     except BaseException:
         for tier in opened:

@@ -26,7 +26,7 @@ from lmcache.core.environment import (
 )
 from lmcache.core.errors import ConfigError
 from lmcache.core.redact import redact_value
-from lmcache.core.upstream_names import is_ignored_extra, is_ignored_key, is_upstream_variable
+from lmcache.core.upstream_names import is_ignored_key, is_upstream_variable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -98,11 +98,6 @@ def load_config(
     if unknown:
         raise ConfigError("; ".join(unknown))
     config = _validate(chosen)
-    ignored += [
-        f"extra_config.{key} ({chosen['extra_config'].source})"
-        for key in config.extra_config or {}
-        if is_ignored_extra(key)
-    ]
     if ignored:
         _log.warning("ignoring configuration that means nothing here: %s", ", ".join(ignored))
     sources = {
@@ -168,8 +163,7 @@ def _describe_problem(error: ErrorDetails, chosen: Mapping[str, _Entry]) -> str:
         places = [chosen[key].source for key in error["ctx"]["keys"] if key in chosen]
         return f"{error['msg']} ({', '.join(places)})"
     entry = chosen[str(error["loc"][0])]
-    # a mapping that does not parse cannot be searched for secrets
-    shown = "..." if entry.key == "extra_config" else repr(redact_value(entry.value))
+    shown = repr(redact_value(entry.value))
     return f"{entry.key} is {shown} ({entry.source}), expected {expected(entry.key)}"
 
 

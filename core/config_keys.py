@@ -22,7 +22,6 @@ from lmcache.core.config_types import (
     Port,
     Positive,
     PositiveAmount,
-    Settings,
     Text,
     Urls,
     split_directory,
@@ -133,7 +132,6 @@ class Config(BaseModel):
         default=None,
         description="Name of this instance in metrics and logs; by default the engine's own id.",
     )
-    extra_config: Settings = Field(default=None, description="Settings of plugins, by name.")
 
     def tier_urls(self) -> tuple[str, ...]:
         """The storage backends, in the order in which they are asked: disk, `l2`, remote."""

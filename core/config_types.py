@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import unquote
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
@@ -38,13 +37,6 @@ def _split_urls(value: object) -> object:
     if isinstance(value, str):
         return tuple(filter(None, re.split(r"[\s,]+(?=[a-zA-Z][\w+.-]*://)", value.strip(" ,"))))
     return () if value is None else value
-
-
-def _parse_mapping(value: object) -> object:
-    try:
-        return yaml.safe_load(value) if isinstance(value, str) else value
-    except yaml.YAMLError:
-        raise PydanticCustomError("mapping", "not a mapping") from None
 
 
 def _check_url(value: str) -> str:
@@ -88,10 +80,4 @@ Directory = Annotated[
     Annotated[str, AfterValidator(_check_directory)] | None,
     _OPTIONAL,
     Expected("one directory, as a path or a file:// URL without max_size, or none"),
-]
-Settings = Annotated[
-    dict[str, Any] | None,
-    _OPTIONAL,
-    BeforeValidator(_parse_mapping),
-    Expected("a mapping, or none"),
 ]

@@ -60,9 +60,13 @@ class Decider:
         counters: Counters | None = None,
         keep: bool = True,
         lease_s: float = 300.0,
+        patience_s: float = -1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """With `keep` False a chunk leaves the slab as soon as nobody holds a lease on it."""
+        """With `keep` False a chunk leaves the slab as soon as nobody holds a lease on it.
+
+        A lookup that has waited `patience_s` for the lock is a miss; below 0 it waits on.
+        """
         self.lock = threading.RLock()
         self.slab = slab
         self.counters = counters or Counters()
@@ -72,6 +76,7 @@ class Decider:
         self._policy = policy
         self._keep = keep
         self._lease_s = lease_s
+        self._patience_s = patience_s
         self._clock = clock
         self._index = Index()
         self._allocator = Allocator(slab.size - CONTROL_BYTES, start=CONTROL_BYTES)
@@ -114,12 +119,16 @@ class Decider:
     def lookup(self, owner: str, chain: KeyChain, geometry: Geometry, stop: int) -> Hit:
         """Lease the longest stored prefix of the first `stop` tokens, in whole pages."""
         started = time.perf_counter()
-        with self.lock:
+        if not self.lock.acquire(timeout=self._patience_s):
+            return Hit([], None, Receipt(0, stop, Reason.TIMED_OUT))
+        try:
             self._expire()
             entries, reason = self._walk(chain, stop)
             slots = [self._index.slot(entry, chunk) for chunk, entry in enumerate(entries)]
             lease = self.lease(owner, entries) if entries else None
-            tokens = sum(slot.pages for slot in slots) * geometry.page_tokens
+        finally:
+            self.lock.release()
+        tokens = sum(slot.pages for slot in slots) * geometry.page_tokens
         size = sum(slot.pages for slot in slots) * geometry.page_bytes
         spent = (time.perf_counter() - started) * 1e3
         return Hit(slots, lease, Receipt(tokens, stop, reason, {"l1": tokens}, size, spent))

@@ -18,8 +18,6 @@ VARIABLES = {
     "LMCACHE_DISABLED_PLUGINS": "Names of plugins not to load, separated by commas.",
     "LMCACHE_FORCE_SKIP_SAVE": "A flag: store nothing, only load.",
     "LMCACHE_LOG_LEVEL": "Level of the `lmcache` logger, e.g. `DEBUG`.",
-    "LMCACHE_MP_TRANSFER_MODE": "Who copies in multi-process mode: `auto`, `engine_driven` or"
-    " `lmcache_driven`.",
     "LMCACHE_TRACE_PLUGINS": "A flag: print every call of a plugin's hook to stderr.",
 }
 """Variables that mean something here without being configuration keys."""

@@ -14,8 +14,8 @@ def _words(text: str) -> tuple[str, ...]:
 _VARIABLES = frozenset(
     _words("""
     DEVICE_BACKEND DISABLE_BANNER EVICTION_POLICY GPU_STAGING_BUFFER_BYTES HOST HTTP_PORT
-    L1_SIZE_GB MQ_TIMEOUT OFFLOAD_RPC_PORT ROCM_ENABLE_BATCH_MEMCPY SERVER_URL TRACK_USAGE
-    USAGE_TRACK_INTERVAL USAGE_TRACK_URL USE_EXPERIMENTAL USE_UPSTREAM_MP ZMQ_PORT
+    L1_SIZE_GB MP_TRANSFER_MODE MQ_TIMEOUT OFFLOAD_RPC_PORT ROCM_ENABLE_BATCH_MEMCPY SERVER_URL
+    TRACK_USAGE USAGE_TRACK_INTERVAL USAGE_TRACK_URL USE_EXPERIMENTAL USE_UPSTREAM_MP ZMQ_PORT
     """)
 )
 _VARIABLE_PREFIXES = _words(
@@ -31,7 +31,7 @@ IGNORED_KEYS = frozenset(
     controller_reply_url controller_url ec enable_async_loading enable_blending
     enable_chunk_statistics enable_controller enable_hidden_state_cache
     enable_lazy_memory_allocator enable_p2p enable_pd enable_scheduler_bypass_lookup enable_xpyd
-    external_backends external_lookup_client gds_backend gds_buffer_size gds_path
+    external_backends external_lookup_client extra_config gds_backend gds_buffer_size gds_path
     gds_path_sharding hidden_state_layers hidden_states_retrieve_mode hit_miss_ratio
     internal_api_server_enabled internal_api_server_host internal_api_server_include_index_list
     internal_api_server_port_start internal_api_server_socket_path_prefix
@@ -55,30 +55,10 @@ IGNORED_KEYS = frozenset(
 
 _IGNORED_PREFIXES = ("ec_", "mp.", "nixl_peer_")
 
-_IGNORED_EXTRA = frozenset(
-    _words("""
-    allocation_attempt_delay_secs audit_backend_enabled disk_io_threads enable_nixl_storage
-    enable_sparse fallback_policy force_store_wait full_sync_batch_size
-    get_blocking_failed_threshold internal_api_server_access_log internal_api_server_log_level
-    kv_msg_batch_size kv_msg_batch_timeout lmcache_rpc_port lookup_backoff_time max_alloc_attempts
-    p2p_max_retry_count ping_interval ping_timeout save_chunk_meta save_only_first_rank
-    use_odirect waiting_time_for_recovery
-    """)
-)
-_IGNORED_EXTRA_PREFIXES = _words("""
-    aws_ azure_ dax. fs_connector_ hf3fs_ maru_ nixl_ remote_storage_plugin. rust_raw_block. s3_
-    storage_plugin. valkey_
-    """)
-
 
 def is_ignored_key(key: str) -> bool:
     """Whether upstream has this key and it means nothing here."""
     return key in IGNORED_KEYS or key.startswith(_IGNORED_PREFIXES)
-
-
-def is_ignored_extra(key: str) -> bool:
-    """The same for a key inside `extra_config`."""
-    return key in _IGNORED_EXTRA or key.startswith(_IGNORED_EXTRA_PREFIXES)
 
 
 def is_upstream_variable(name: str) -> bool:

@@ -47,8 +47,7 @@ def guarded(
             try:
                 return hook(self, *args, **kwargs)
             except Exception:
-                self.errors += 1
-                logger.exception("error %d of %d in %s", self.errors, TOLERATED, hook.__name__)
+                self._count_error(hook.__name__)
                 return neutral()
 
         return call
@@ -61,10 +60,6 @@ def _nothing() -> None: ...
 
 def _no_tokens() -> int | None:
     return 0
-
-
-def _nothing_to_say() -> tuple[bool, dict[str, Any] | None]:
-    return False, None
 
 
 class LMCacheConnectorV1Impl:
@@ -96,16 +91,19 @@ class LMCacheConnectorV1Impl:
         except LMCacheError as error:
             logger.error("LMCache is off for this engine: %s", error)
 
+    @guarded(_nothing)
     def bind_connector_metadata(self, step: Step) -> None:
         """A step begins; `start_load_kv` follows in any case."""
+        assert self._worker
+        self._worker.begin(step)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Load before the forward pass. An error here must not pass for a load that worked."""
-        step = self._parent._get_connector_metadata()
         assert self._worker
-        assert isinstance(step, Step)
         by_layer = getattr(forward_context, "attn_metadata", None) is not None
         try:
+            step = self._parent._get_connector_metadata()
+            assert isinstance(step, Step)
             self._worker.start_load(step, by_layer=by_layer)
         except Exception:
             self._count_error("start_load_kv")
@@ -128,11 +126,13 @@ class LMCacheConnectorV1Impl:
         assert self._worker
         self._worker.store_layer(layer_name)
 
-    @guarded(_nothing)
     def wait_for_save(self) -> None:
-        """Store before vLLM may reuse the pages."""
+        """Store before vLLM may reuse the pages. The scheduling side waits for its end in any case."""
         assert self._worker
-        self._worker.finish()
+        try:
+            self._worker.finish()
+        except Exception:
+            self._count_error("wait_for_save")
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Nothing is asynchronous here."""
@@ -156,11 +156,13 @@ class LMCacheConnectorV1Impl:
         assert self._scheduler
         return self._scheduler.matched_tokens(request, num_computed_tokens)
 
-    @guarded(_nothing)
     def update_state_after_alloc(self, request: Any, num_external_tokens: int) -> None:
-        """vLLM has made room for a load."""
+        """vLLM has made room for a load, or says that it will not need one."""
         assert self._scheduler
-        self._scheduler.allocated(request, num_external_tokens)
+        try:
+            self._scheduler.allocated(request, num_external_tokens)
+        except Exception:
+            self._count_error("update_state_after_alloc")
 
     def build_connector_meta(self, scheduler_output: Any) -> Step:
         """The copies that go with this step, and the pages nobody will fill after all."""
@@ -170,15 +172,19 @@ class LMCacheConnectorV1Impl:
                 return self._scheduler.build(scheduler_output)
         except Exception:
             self._count_error("build_connector_meta")
+            self._scheduler.lose_track()
         return Step(lost=self._scheduler.lost_pages(scheduler_output))
 
-    @guarded(_nothing_to_say)
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         """A request ended; its pages are free at once, for all copies of it are done."""
         assert self._scheduler
-        return False, self._scheduler.finished(request)
+        try:
+            return False, self._scheduler.finished(request)
+        except Exception:
+            self._count_error("request_finished")
+            return False, None
 
     def shutdown(self) -> None:
         """Let go of everything. vLLM's own wrapper never calls this; the process's end does it."""
@@ -189,7 +195,8 @@ class LMCacheConnectorV1Impl:
 
     def _count_error(self, where: str) -> None:
         self.errors += 1
-        logger.exception("error %d of %d in %s", self.errors, TOLERATED, where)
+        if self.errors <= TOLERATED:
+            logger.exception("error %d of %d in %s", self.errors, TOLERATED, where)
 
 
 def _transfer(vllm_config: VllmConfig) -> Any:
@@ -225,10 +232,14 @@ def _scheduler_side(
             engine_id,
             vllm_config.parallel_config.world_size,
             config.chunk_size,
-            lambda _: assemble(config, plugins.create_policy, plugins.open_backend),
+            lambda _: assemble(config, plugins),
             timeout_s=5.0,
         )
-        _announce(attachment, engine_id, config, plugins)
+        try:
+            _announce(attachment, engine_id, config, plugins)
+        except BaseException:
+            attachment.close()
+            raise
         return attachment
 
     return SchedulerSide(
@@ -245,7 +256,8 @@ def _announce(
 ) -> None:
     """Show the counters and tell the plugins, now and when the attachment ends."""
     try:
-        exporter = Exporter(engine_id, attachment.decider, config.metrics_port)
+        name = config.lmcache_instance_id or engine_id
+        exporter = Exporter(name, attachment.decider, config.metrics_port)
         attachment.on_close.append(exporter.close)
     except OSError as error:
         logger.warning("no metrics on port %d: %s", config.metrics_port, error)

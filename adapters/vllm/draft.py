@@ -64,7 +64,8 @@ class Draft:
         """Add the load that vLLM made room for; False if there is none, or it cannot be made."""
         hit, tracked.hit = tracked.hit, None
         wanted, tracked.load = tracked.load, 0
-        if not wanted or not hit or not hit.lease:
+        if not wanted or not hit or hit.lease not in self.cache.decider.leases:
+            self.cache.decider.release(hit.lease if hit else None)
             return False
         self._leases.append(hit.lease)
         self._loaded.extend(hit.slots)
@@ -101,7 +102,7 @@ class Draft:
             request_id=request.request_id,
             moves=moves,
             tokens=sum(slot.pages for slot in slots) * cache.geometry.page_tokens,
-            required=stop - start,
+            required=stop - start // cache.geometry.chunk_tokens * cache.geometry.chunk_tokens,
             total=request.num_tokens,
         )
         if self._events:

@@ -88,23 +88,20 @@ class SchedulerSide:
         self._cache.tiers.forget(request.request_id)
         tracked.load = external
         if external == 0 and tracked.hit:
-            self._cache.decider.release(tracked.hit.lease)
             tracked.done = tracked.hit.tokens
-            tracked.hit = None
+            self._let_go(tracked)
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """A request has ended, whether it ever ran or not. What its response should say."""
         self._promises.pop(request.request_id, None)
         tracked = self._tracked.pop(request.request_id, None)
-        if tracked is None:
-            return None
         if self._cache:
             self._cache.tiers.forget(request.request_id)
-            if tracked.hit:
-                self._cache.decider.release(tracked.hit.lease)
+            if tracked:
+                self._let_go(tracked)
         said: dict[str, Any] = {}
         if self._details:
-            said["num_lmcache_cached_tokens"] = tracked.loaded
+            said["num_lmcache_cached_tokens"] = tracked.loaded if tracked else 0
         if options_of(request).get("ret_first_tok") and request.output_token_ids:
             said["first_tok"] = request.output_token_ids[0]
         return said or None
@@ -133,6 +130,17 @@ class SchedulerSide:
             del self._promises[request_id]
         step.lost = self.lost_pages(scheduled)
         return step
+
+    def lose_track(self) -> None:
+        """A step was not built: page tables lack what it brought, and are good for nothing more."""
+        for tracked in self._tracked.values():
+            self._let_go(tracked)
+        self._tracked.clear()
+
+    def _let_go(self, tracked: Tracked) -> None:
+        hit, tracked.hit = tracked.hit, None
+        if hit and self._cache:
+            self._cache.decider.release(hit.lease)
 
     def _scheduled(self, scheduled: Any) -> Iterator[tuple[str, list[int], int]]:
         """The tracked requests of a step: id, whole page table, tokens computed before it."""
@@ -176,6 +184,7 @@ class SchedulerSide:
         tracked.running = True
         if before < tracked.computed:  # a load failed, and vLLM went back to compute the rest
             tracked.done = min(tracked.done, before)
+            tracked.loaded = min(tracked.loaded, max(0, before - tracked.local))
         prompt = request.num_prompt_tokens
         settled = tracked.computed >= prompt and not self._config.save_decode_cache
         tracked.computed = before + count
@@ -208,7 +217,7 @@ class SchedulerSide:
 
     def _track(self, cache: Attachment, request: Any) -> Tracked:
         tracked = self._tracked.get(request.request_id)
-        if tracked is None:
+        if tracked is None or tracked.request is not request:
             tracked = self._tracked[request.request_id] = self._new(cache, request)
         elif tracked.running:
             tracked.restart()

@@ -209,7 +209,8 @@ def inserts_of(request: Any) -> list[Insert]:
 def options_of(request: Any) -> dict[str, Any]:
     """The request's own `kv_transfer_params`."""
     extra = getattr(request.sampling_params, "extra_args", None) or {}
-    return extra.get("kv_transfer_params") or request.kv_transfer_params or {}
+    options = extra.get("kv_transfer_params") or request.kv_transfer_params
+    return options if isinstance(options, dict) else {}
 
 
 def stored_event(slot: Slot, chain: KeyChain, request: Any) -> StoredEvent:

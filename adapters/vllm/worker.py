@@ -51,6 +51,12 @@ class WorkerSide:
         self._loaded: set[int] = set()
         self._stored: set[int] = set()
         self._failed: set[int] = set()
+        self._tainted = 0
+        """Steps, this one included, that may compute from pages a load left without content."""
+        self._in_flight = vllm_config.parallel_config.pipeline_parallel_size + bool(
+            vllm_config.scheduler_config.async_scheduling
+        )
+        """Steps that vLLM may have scheduled before it hears of a failed load."""
         self._events: list[StoredEvent] = []
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -105,44 +111,54 @@ class WorkerSide:
 
     # ---- one step of vLLM
 
-    def start_load(self, step: Step, *, by_layer: bool) -> None:
-        """Fill pages before the forward pass; with `by_layer`, leave them to `load_layer`."""
+    def begin(self, step: Step) -> None:
+        """A step was bound. Where vLLM starts loads after the forward pass, layers store before."""
         self._step = step
         self._loaded.clear()
         self._stored.clear()
-        self._failed.update(step.lost)
+        self._lose(step.lost)
+
+    def start_load(self, step: Step, *, by_layer: bool) -> None:
+        """Fill pages before the forward pass; with `by_layer`, leave them to `load_layer`."""
+        if step is not self._step:
+            self.begin(step)
         if not step.loads:
             return
         if self._mover is None:
-            self._give_up(step.all_loads())
+            self.give_up()
         elif not (self._layerwise and by_layer):
-            self._load(None)
+            self._load()
 
     def load_layer(self, name: str) -> None:
         """Fill one layer's share of the pages, before its attention."""
-        region = self._regions[name]
-        if self._layerwise and self._step.loads and self._mover and not self._is_loaded(region):
-            self._loaded.add(region)
-            _, failed = self._mover.load(self._step.all_loads(), region)
-            self._give_up(failed)
+        region = self._regions.get(name)
+        if self._layerwise and region in self._unloaded():
+            self._load_region(region)
 
     def store_layer(self, name: str) -> None:
         """Store one layer's share of the pages, after its attention."""
-        region = self._regions[name]
-        if self._layerwise and self._step.stores and self._mover and region not in self._stored:
+        region = self._regions.get(name)
+        if self._layerwise and self._step.stores and self._mover and region is not None:
+            if region not in self._stored:
+                self._mover.store(self._step.all_stores(), region)
             self._stored.add(region)
-            self._mover.store(self._step.all_stores(), region)
 
     def finish(self) -> None:
-        """Store what is left, and tell the scheduling side that the step's copies are done."""
-        step, self._step = self._step, Step()
-        if not step.number or self._mover is None:
-            return
+        """Copy what no layer asked for, and tell the scheduling side that all copies are done.
+
+        Nothing is stored that may have been computed from pages without their content.
+        """
         try:
-            for copy in step.stores:
-                self._store(copy)
+            if self._mover is not None:
+                for region in self._unloaded():
+                    self._load_region(region)
+                for copy in self._step.stores if not self._tainted else ():
+                    self._store(copy)
         finally:
-            self._mover.finish(step.number)
+            if self._mover is not None and self._step.number:
+                self._mover.finish(self._step.number)
+            self._step = Step()
+            self._tainted = max(0, self._tainted - 1)
 
     def give_up(self) -> None:
         """An error left the loads of this step in an unknown state: report all their pages."""
@@ -168,19 +184,36 @@ class WorkerSide:
 
     # ----
 
-    def _is_loaded(self, region: int) -> bool:
-        return region in self._loaded or -1 in self._loaded
+    def _unloaded(self) -> list[int]:
+        """Regions whose share of the step's loads is still to be copied."""
+        if not self._step.loads or self._mover is None:
+            return []
+        assert self._layout is not None
+        return [i for i in range(len(self._layout.regions)) if i not in self._loaded]
 
     def _give_up(self, moves: list[Move]) -> None:
-        for move in moves:
-            self._failed.update(move.pages)
+        self._lose([page for move in moves for page in move.pages])
 
-    def _load(self, region: int | None) -> None:
+    def _lose(self, pages: list[int]) -> None:
+        if pages:
+            self._failed.update(pages)
+            self._tainted = self._in_flight
+
+    def _load_region(self, region: int) -> None:
         assert self._mover is not None
-        self._loaded.add(-1 if region is None else region)
+        self._loaded.add(region)
+        failed = self._step.all_loads()
+        try:
+            _, failed = self._mover.load(failed, region)
+        finally:
+            self._give_up(failed)  # all of them, if the load raised
+
+    def _load(self) -> None:
+        assert self._mover is not None
+        self._loaded.update(self._unloaded())
         for copy in self._step.loads:
             started = time.perf_counter()
-            size, failed = self._mover.load(copy.moves, region)
+            size, failed = self._mover.load(copy.moves)
             spent = time.perf_counter() - started
             self._give_up(failed)
             if failed:

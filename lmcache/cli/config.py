@@ -101,7 +101,7 @@ whose name begins with `lmcache` are left alone.
 
 LMCache/LMCache has these keys besides. They are accepted, so that its configurations load, and
 named in one warning with the places they came from. The same holds for everything that begins with
-`ec_`, `nixl_peer_` or `mp.`, and for its keys inside `extra_config`.
+`ec_`, `nixl_peer_` or `mp.`.
 
 {ignored}
 """

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from lmcache.backends.disk import DiskBackend, lmcache_backends
 from lmcache.backends.ledger import Ledger
 from lmcache.core.errors import BackendClosed, BackendError, ConfigError
@@ -285,7 +286,8 @@ with DiskBackend(root, max_size=cap, min_free=0) as backend:
             for n in range(9):
                 assert put(one, n, 100_000)
             assert put(two, 9, 100_000)  # `two` now knows candidates, 0 is gone
-            assert got(one, 1) and got(one, 2)
+            assert got(one, 1)
+            assert got(one, 2)
             for n in (10, 11):
                 assert put(two, n, 100_000)
             assert present(one, range(12)) == [1, 2, 5, 6, 7, 8, 9, 10, 11]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+
 from lmcache.backends.ledger import Ledger
 from lmcache.core.errors import BackendClosed, BackendError
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lmcache.backends.memory import MemoryBackend, lmcache_backends
 from lmcache.core.errors import ConfigError
 from lmcache.testing import BackendSuite

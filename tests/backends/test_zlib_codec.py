@@ -6,6 +6,7 @@ import zlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lmcache.backends.zlib_codec import ZlibCodec, lmcache_codecs
 from lmcache.core.errors import BackendError
 

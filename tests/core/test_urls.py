@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lmcache.core.errors import ConfigError
 from lmcache.core.urls import parse_size, parse_url, take_options
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lmcache.core.backend import StorageBackend
 from lmcache.core.errors import BackendError
 from lmcache.testing import BackendSuite

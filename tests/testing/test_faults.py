@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+
 from lmcache.backends.disk import DiskBackend
 from lmcache.backends.memory import MemoryBackend
 from lmcache.core.errors import BackendClosed, BackendError

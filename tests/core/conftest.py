@@ -1,0 +1,57 @@
+"""A rig for the core's tests, and a look at what they leave behind."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+# tests belong to no package, so there is no name to import their helpers by
+spec = importlib.util.spec_from_file_location("rig", HERE / "rig.py")
+sys.modules["rig"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["rig"])
+
+# how long an example takes depends on what else the machine does
+hypothesis.settings.register_profile("core", deadline=None)
+hypothesis.settings.load_profile("core")
+
+
+@pytest.fixture
+def workshop():
+    """Makes deciders, tiers, movers and engines, and closes them after the test."""
+    made = sys.modules["rig"].Workshop()
+    yield made
+    made.close()
+
+
+def descriptors():
+    """Our slabs and sockets that are open in this process."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue
+        if "lmcache" in target or target.startswith("socket:"):
+            found.append(f"{name}: {target}")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_stays():
+    if not os.path.isdir("/proc/self/fd"):
+        yield
+        return
+    before = len(descriptors())
+    yield
+    if len(descriptors()) > before:
+        gc.collect()  # a failed test's traceback may hold some
+        left = descriptors()
+        assert len(left) <= before, f"the test left descriptors open: {left}"
