@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := VENV=$(VENV) PYTHON="$(PYTHON)" scripts/setup.sh
 OLD_VLLMS ?= 0.27.1 0.29.0 0.31.0
-SAY := @printf '\033[1m==>\033[0m %s\n'
+SAY := @printf '==> %s\n'
 
 .PHONY: help demo test test-engines check fix bench docs clean
 .DEFAULT_GOAL := help
@@ -29,12 +29,12 @@ test-engines: ## Run the tests with a real vLLM for several versions of it (10 m
 	@$(SETUP) test
 	@for version in $(OLD_VLLMS); do $(SETUP) engine $$version || exit; done
 	@failed=; for version in $(OLD_VLLMS); do \
-	    printf '\033[1m==>\033[0m Running the engine tests with vLLM %s\n' $$version; \
+	    printf '==> Running the engine tests with vLLM %s\n' $$version; \
 	    folder=$(CURDIR)/.engines/$$version; \
 	    LMCACHE_TEST_VLLM_PATH=$$folder PYTHONPATH=$$folder \
 	        $(BIN)/python -m pytest tests/engines $(ARGS) || failed="$$failed $$version"; \
 	done; \
-	printf '\033[1m==>\033[0m Running the engine tests with the installed vLLM\n'; \
+	echo '==> Running the engine tests with the installed vLLM'; \
 	$(BIN)/python -m pytest tests/engines $(ARGS) || failed="$$failed installed"; \
 	if [ -n "$$failed" ]; then echo "failed with vLLM:$$failed"; exit 1; fi
 

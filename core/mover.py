@@ -123,7 +123,7 @@ class Mover:
         self._slab.close()
 
     def _tag(self, move: Move) -> int:
-        return move.offset + self._geometry.tag_offset(self._slice)
+        return self._inside(move) + self._geometry.tag_offset(self._slice)
 
     def _is_there(self, move: Move) -> bool:
         return self._slab.read_word(self._tag(move)) == move.generation
@@ -133,9 +133,12 @@ class Mover:
             return 0
         return self._pages.copy([self._span(move) for move in moves], region, to_slab=to_slab)
 
-    def _span(self, move: Move) -> Span:
+    def _inside(self, move: Move) -> int:
         last = move.offset + self._geometry.slot_bytes(move.slot_pages)
         if move.offset < CONTROL_BYTES or last > self._slab.size:
             raise IndexError(f"slot at {move.offset} lies outside the slab")
-        payload = move.offset + self._geometry.payload_offset(self._slice, move.slot_pages)
+        return move.offset
+
+    def _span(self, move: Move) -> Span:
+        payload = self._inside(move) + self._geometry.payload_offset(self._slice, move.slot_pages)
         return Span(payload, move.slot_pages, move.first, move.pages)

@@ -18,7 +18,7 @@ TORCH_CPU_WHEELS=https://download.pytorch.org/whl/cpu # asked only if pip's own 
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
 
-say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
+say() { printf '==> %s\n' "$*"; }
 die() { say "$*" >&2; exit 1; }
 install() { "$VENV/bin/python" -m pip install --quiet --quiet "$@"; }
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }

@@ -62,6 +62,10 @@ def _no_tokens() -> int | None:
     return 0
 
 
+def _no_events() -> list[Any]:
+    return []
+
+
 class LMCacheConnectorV1Impl:
     """vLLM's in-process connector: one instance where it schedules, one in every worker."""
 
@@ -100,14 +104,13 @@ class LMCacheConnectorV1Impl:
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Load before the forward pass. An error here must not pass for a load that worked."""
         assert self._worker
+        step = self._bound()
         by_layer = getattr(forward_context, "attn_metadata", None) is not None
         try:
-            step = self._parent._get_connector_metadata()
-            assert isinstance(step, Step)
             self._worker.start_load(step, by_layer=by_layer)
         except Exception:
             self._count_error("start_load_kv")
-            self._worker.give_up()
+            self._worker.give_up(step)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Load one layer before its attention."""
@@ -116,7 +119,7 @@ class LMCacheConnectorV1Impl:
             self._worker.load_layer(layer_name)
         except Exception:
             self._count_error("wait_for_layer_load")
-            self._worker.give_up()
+            self._worker.give_up(self._bound())
 
     @guarded(_nothing)
     def save_kv_layer(
@@ -127,7 +130,7 @@ class LMCacheConnectorV1Impl:
         self._worker.store_layer(layer_name)
 
     def wait_for_save(self) -> None:
-        """Store before vLLM may reuse the pages. The scheduling side waits for its end in any case."""
+        """Store before vLLM may reuse the pages. The scheduling side waits for its end anyway."""
         assert self._worker
         try:
             self._worker.finish()
@@ -143,6 +146,7 @@ class LMCacheConnectorV1Impl:
         assert self._worker
         return self._worker.take_failed_pages()
 
+    @guarded(_no_events)
     def get_kv_events(self) -> list[Any]:
         """Events for vLLM's KV event stream."""
         assert self._worker
@@ -192,6 +196,11 @@ class LMCacheConnectorV1Impl:
         for side in (self._scheduler, self._worker):
             if side:
                 side.close()
+
+    def _bound(self) -> Step:
+        """The step vLLM's wrapper holds for the worker."""
+        step = self._parent._connector_metadata
+        return step if isinstance(step, Step) else Step()
 
     def _count_error(self, where: str) -> None:
         self.errors += 1

@@ -63,11 +63,13 @@ class Draft:
     def load(self, tracked: Tracked) -> bool:
         """Add the load that vLLM made room for; False if there is none, or it cannot be made."""
         hit, tracked.hit = tracked.hit, None
+        lease = hit.lease if hit else None
         wanted, tracked.load = tracked.load, 0
-        if not wanted or not hit or hit.lease not in self.cache.decider.leases:
-            self.cache.decider.release(hit.lease if hit else None)
+        if not wanted or not hit or not lease or lease not in self.cache.decider.leases:
+            self.cache.decider.release(lease)
             return False
-        self._leases.append(hit.lease)
+        lease.in_flight = True  # no deadline ends it while the rest of the step is made
+        self._leases.append(lease)
         self._loaded.extend(hit.slots)
         geometry, request = self.cache.geometry, tracked.request
         first = tracked.local // geometry.page_tokens

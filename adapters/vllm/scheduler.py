@@ -87,7 +87,9 @@ class SchedulerSide:
             return
         self._cache.tiers.forget(request.request_id)
         tracked.load = external
-        if external == 0 and tracked.hit:
+        if external:
+            self._promise(request, tracked.local, external)
+        elif tracked.hit:
             tracked.done = tracked.hit.tokens
             self._let_go(tracked)
 

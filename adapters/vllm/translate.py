@@ -35,6 +35,11 @@ _PAGE_AXIS_0_22 = {
 """The axis that counts blocks, before 0.23 put it first everywhere."""
 
 
+_KEPT_WHOLE = ("FullAttentionSpec", "MLAAttentionSpec")
+"""Cache specs whose groups keep every page of a request until its end. All others free or share
+pages in ways of their own, and vLLM tells the connector nothing of it."""
+
+
 def version_of(text: str) -> tuple[int, int]:
     """Major and minor of a vLLM version string such as `0.32.0+cpu`."""
     found = re.match(r"(\d+)\.(\d+)", text)
@@ -71,6 +76,13 @@ def layout_of(
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise LayoutError(f"{len(groups)} KV cache groups; the in-process connector takes one")
+    spec = groups[0].kv_cache_spec
+    for member in getattr(spec, "kv_cache_specs", {"": spec}).values():
+        if type(member).__name__ not in _KEPT_WHOLE:
+            raise LayoutError(
+                f"a KV cache of {type(member).__name__} does not keep every page of a request; "
+                f"known: {', '.join(_KEPT_WHOLE)}"
+            )
     tensors, _ = distinct(kv_caches)
     regions = [
         _region(name, tensor, backends[name], kv_cache_config.num_blocks, version_of(version))
@@ -80,7 +92,7 @@ def layout_of(
     kind = "/".join(sorted(set(backends.values())))
     if devices == {"cpu"}:
         kind += f"/{_cpu_format()}/vllm-{version_of(version)}"
-    return PageLayout(tuple(regions), groups[0].kv_cache_spec.block_size, kind)
+    return PageLayout(tuple(regions), spec.block_size, kind)
 
 
 def distinct(
@@ -160,6 +172,14 @@ def _speculator(vllm_config: VllmConfig) -> str:
     speculative = vllm_config.speculative_config
     draft = getattr(speculative, "draft_model_config", None)
     return f"{getattr(speculative, 'method', '')}:{getattr(draft, 'model', '')}"
+
+
+def check_parallel(vllm_config: VllmConfig) -> None:
+    """Raise `LayoutError` where a page of vLLM's table holds more tokens than a page of ours."""
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(vllm_config.parallel_config, name, 1)
+        if size > 1:
+            raise LayoutError(f"{name} is {size}: the tokens of a page are spread over ranks")
 
 
 def slice_of(vllm_config: VllmConfig) -> int:

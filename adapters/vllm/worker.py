@@ -11,6 +11,7 @@ import vllm
 from lmcache.adapters.vllm.step import Copy, Step, StoredEvent
 from lmcache.adapters.vllm.translate import (
     backends_of,
+    check_parallel,
     distinct,
     layout_of,
     page_axis,
@@ -47,6 +48,8 @@ class WorkerSide:
         self._regions: dict[str, int] = {}
         self._door: Door | None = None
         self._mover: Mover | None = None
+        self._retired: list[Mover] = []
+        """Movers of attachments that ended, perhaps still copying when the next one began."""
         self._step = Step()
         self._loaded: set[int] = set()
         self._stored: set[int] = set()
@@ -61,6 +64,7 @@ class WorkerSide:
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learn the layout and wait, on another thread, for the scheduling side."""
+        check_parallel(self._vllm_config)
         backends = backends_of(self._vllm_config, kv_caches)
         layout = layout_of(kv_caches, backends, self._kv_cache_config, vllm.__version__)
         tensors, self._regions = distinct(kv_caches)
@@ -99,7 +103,7 @@ class WorkerSide:
             layout=grant.layout,
         )
         parallel = self._vllm_config.parallel_config
-        self._mover = Mover(
+        mover = Mover(
             self._layout,
             geometry,
             Slab(fd, grant.slab_bytes),
@@ -108,11 +112,16 @@ class WorkerSide:
             writes=grant.writes,
             tensors=self._tensors,
         )
+        if self._mover is not None:
+            self._retired.append(self._mover)
+        self._mover = mover
 
     # ---- one step of vLLM
 
     def begin(self, step: Step) -> None:
         """A step was bound. Where vLLM starts loads after the forward pass, layers store before."""
+        while self._retired:
+            self._retired.pop().close()
         self._step = step
         self._loaded.clear()
         self._stored.clear()
@@ -125,7 +134,7 @@ class WorkerSide:
         if not step.loads:
             return
         if self._mover is None:
-            self.give_up()
+            self.give_up(step)
         elif not (self._layerwise and by_layer):
             self._load()
 
@@ -160,17 +169,20 @@ class WorkerSide:
             self._step = Step()
             self._tainted = max(0, self._tainted - 1)
 
-    def give_up(self) -> None:
-        """An error left the loads of this step in an unknown state: report all their pages."""
-        self._give_up(self._step.all_loads())
+    def give_up(self, step: Step) -> None:
+        """An error left the loads of a step in an unknown state: report all their pages."""
+        self._lose(step.lost)
+        self._give_up(step.all_loads())
 
     def close(self) -> None:
         """Stop listening, and unmap the slab."""
         if self._door:
             self._door.close()
         if self._mover:
-            self._mover.close()
+            self._retired.append(self._mover)
             self._mover = None
+        while self._retired:
+            self._retired.pop().close()
 
     def take_events(self) -> list[StoredEvent]:
         """What was stored since the last call, if events are wanted."""

@@ -249,7 +249,7 @@ def test_a_page_goes_to_another_page_and_nowhere_else(case, heads, ratio, dtype)
         for plane in range(engine.planes):
             engine.number_elements(plane)
             before = engine.after([])
-            expected = engine.after(zip(source, target, strict=True))
+            expected = engine.after(list(zip(source, target, strict=True)))
             around = copies.surroundings()
             copies.store(source, one_by_one=plane % 2 == 1)
             assert engine.holds(before), "a store changed the engine's memory"

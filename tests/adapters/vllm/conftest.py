@@ -38,6 +38,7 @@ def rig() -> ModuleType:
         warnings.simplefilter("ignore")
         load("codes")
         load("runner")
+        load("other")
         return load("rig")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from fake_codes import continuation
-from fake_runner import WRONG_TOKEN, Rank, Runner
+from fake_runner import WRONG_TOKEN, Rank, Runner, wrapper_in
 from vllm import SamplingParams
 from vllm.config import (
     CacheConfig,
@@ -134,10 +134,11 @@ class Engine:
         scheduling: str = "fcfs",
         engine_id: str | None = None,
         with_workers: bool = True,
+        only_rank: int | None = None,
     ) -> None:
         """`options` are our configuration, `extra` the rest of `kv_connector_extra_config`."""
         self.mla = mla
-        self._ranks = ranks
+        self._numbers = range(ranks) if only_rank is None else [only_rank]
         self.finished: dict[str, str] = {}
         self.outputs: dict[str, list[int]] = {}
         self.params: dict[str, Any] = {}
@@ -156,7 +157,7 @@ class Engine:
                 **{f"lmcache.{key}": value for key, value in settings.items()},
                 **(extra or {}),
             },
-            **(connector or {}),
+            **(connector or {}),  # instead of ours alone
         }
         self.config = config = copy.copy(base)
         config.model_config = copy.copy(base.model_config)
@@ -198,7 +199,7 @@ class Engine:
 
     def start_workers(self) -> None:
         """What vLLM does in its workers before there is a scheduler."""
-        for number in range(self._ranks):
+        for number in self._numbers:
             config = copy.copy(self.config)
             config.parallel_config = copy.copy(self.config.parallel_config)
             config.parallel_config.rank = number
@@ -216,7 +217,7 @@ class Engine:
     @property
     def impl(self) -> Any:
         """Our connector where vLLM schedules."""
-        return self.scheduler.connector._lmcache_engine
+        return wrapper_in(self.scheduler.connector)._lmcache_engine
 
     @property
     def side(self) -> Any:
@@ -290,7 +291,7 @@ class Engine:
 
     def schedule(self) -> Any:
         scheduled = self.scheduler.schedule()
-        self.steps.append(scheduled.kv_connector_metadata)
+        self.steps.append(step_in(scheduled.kv_connector_metadata))
         return scheduled
 
     def complete(self, scheduled: Any) -> None:
@@ -379,6 +380,12 @@ class Engine:
         self.impl.shutdown()
         for rank in self.ranks:
             rank.impl.shutdown()
+
+
+def step_in(metadata: Any) -> Any:
+    """Our part of what travels to the workers."""
+    parts = getattr(metadata, "metadata", (metadata,))
+    return next(part for part in parts if hasattr(part, "stores"))
 
 
 def _spec(mla: bool) -> Any:

@@ -35,6 +35,12 @@ class Sequence:
     """Ranks whose hidden states went wrong in this step."""
 
 
+def wrapper_in(connector: Any) -> Any:
+    """vLLM's wrapper of our connector, alone or among others."""
+    parts = getattr(connector, "_connectors", [connector])
+    return next(part for part in parts if hasattr(part, "_lmcache_engine"))
+
+
 class Rank:
     """One worker: its connector and its pages."""
 
@@ -52,7 +58,7 @@ class Rank:
     @property
     def impl(self) -> Any:
         """Our connector inside vLLM's wrapper."""
-        return self.connector._lmcache_engine
+        return wrapper_in(self.connector)._lmcache_engine
 
     @property
     def side(self) -> Any:

@@ -1,0 +1,834 @@
+"""Slower tiers may fail, dawdle, lie or hang: it is a miss, it is counted, and nothing leaks."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import rig
+from blake3 import blake3
+
+from lmcache.backends.memory import MemoryBackend
+from lmcache.core import tiers as tiers_module
+from lmcache.core.backend import Capabilities
+from lmcache.core.errors import BackendError
+from lmcache.core.objects import HEADER_BYTES, Description, is_intact
+from lmcache.core.receipts import Reason
+from lmcache.testing.faults import Corrupting, Flaky, Slow, Wrapper
+
+PAGE, CHUNK, PAGES = rig.PAGE_TOKENS, rig.CHUNK_TOKENS, rig.PAGES_PER_CHUNK
+GEOMETRY = rig.geometry()
+
+
+def on_purpose():
+    """An error of its own each time: its traceback holds what was looked at."""
+    return BackendError("on purpose")
+
+
+def disk_full():
+    return OSError(28, "no space left")
+
+
+class Backend(Wrapper):
+    """Memory that outlives its tier, notes what is asked of it, and does what a test tells it to."""
+
+    def __init__(self):
+        super().__init__(MemoryBackend())
+        self.calls = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error = None
+        self.only = ()
+        self.closed = 0
+
+    def _called(self, name):
+        self.calls.append(name)
+        if not self.only or name in self.only:
+            assert self.gate.wait(30)
+            if self.error:
+                raise self.error()
+
+    def put(self, key, data):
+        self._called("put")
+        return super().put(key, data)
+
+    def get_into(self, key, out):
+        self._called("get_into")
+        return super().get_into(key, out)
+
+    def contains(self, key):
+        self._called("contains")
+        return super().contains(key)
+
+    def count_leading(self, keys):
+        self._called("count_leading")
+        return super().count_leading(keys)
+
+    def remove(self, key):
+        self._called("remove")
+        return super().remove(key)
+
+    def close(self):
+        self.closed += 1
+
+    def held(self):
+        return dict(self.backend._objects)
+
+
+class Cache:
+    """A decider and its tiers, as one engine sees them."""
+
+    def __init__(self, workshop, *backends, slots=8, keep=True, lease_s=300.0, **options):
+        self.decider = workshop.decider(slots, keep=keep, lease_s=lease_s)
+        self.tiers = workshop.tiers(self.decider, *backends, **options)
+        self.owners = 0
+
+    @property
+    def counters(self):
+        return self.decider.counters
+
+    def store(self, sequence, *, flush=True, tail=True):
+        chain = rig.chain(sequence)
+        slots, reason = self.decider.reserve(chain, GEOMETRY, 0, len(sequence), tail=tail)
+        for slot in slots:
+            self.payload(slot)[:] = expected(slot)
+            where = slot.offset + GEOMETRY.tag_offset(0)
+            self.decider.slab.write_word(where, slot.generation)
+            self.decider.commit(slot, GEOMETRY)
+        if flush:
+            self.tiers.flush()
+        return reason
+
+    def payload(self, slot):
+        return self.decider.slab.view[slot.offset + HEADER_BYTES : slot.offset + slot.size]
+
+    def ask(self, sequence, owner="r", stop=None):
+        """One look, which may say that a tier is being read."""
+        stop = len(sequence) if stop is None else stop
+        return self.tiers.lookup(owner, rig.chain(sequence), GEOMETRY, stop)
+
+    def lookup(self, sequence, owner=None, *, release=True):
+        """The hit in the end; every slot of it holds what it must."""
+        self.owners += 1
+        owner = owner or f"r{self.owners}"
+        while (hit := self.ask(sequence, owner)) is None:
+            self.tiers.wait(owner)
+        for slot in hit.slots:
+            assert self.payload(slot) == expected(slot), "a hit on foreign bytes"
+            word = self.decider.slab.read_word(slot.offset + GEOMETRY.tag_offset(0))
+            assert word == slot.generation, "movers would refuse it"
+        self.tiers.forget(owner)
+        if release:
+            self.decider.release(hit.lease)
+        assert sum(hit.receipt.by_tier.values()) == hit.tokens
+        return hit
+
+    def assert_idle(self):
+        self.tiers.flush()
+        assert not self.tiers._fetches
+        rig.assert_idle(self.decider)
+
+
+def expected(slot):
+    return blake3(slot.key).digest(length=slot.pages * rig.PAGE_BYTES)
+
+
+@pytest.fixture
+def backend():
+    made = Backend()
+    yield made
+    made.gate.set()
+
+
+@pytest.fixture
+def new_cache(workshop):
+    return lambda *backends, **options: Cache(workshop, *backends, **options)
+
+
+@pytest.fixture
+def stored(new_cache, backend):
+    """A backend that another engine has filled; call it with the tokens to store."""
+
+    def store(*sequences, into=backend):
+        cache = new_cache(into, slots=64)
+        for sequence in sequences:
+            cache.store(sequence)
+        cache.tiers.close()
+        into.calls.clear()
+        return into
+
+    return store
+
+
+class TestWriting:
+    def test_a_complete_chunk_goes_to_every_tier(self, new_cache):
+        one, other = Backend(), Backend()
+        cache = new_cache(one, other)
+        cache.store(rig.tokens(2 * CHUNK + PAGE))
+        assert len(one.held()) == 3
+        assert one.held() == other.held()
+        cache.assert_idle()
+
+    def test_what_is_written_describes_and_checks_itself(self, new_cache, backend):
+        new_cache(backend).store(rig.tokens(CHUNK + 2 * PAGE))
+        chain = rig.chain(rig.tokens(CHUNK + 2 * PAGE))
+        for key, pages in ((chain.key(0), PAGES), (chain.tail(1, 2), 2)):
+            about = Description(key, GEOMETRY.layout, pages, pages * rig.PAGE_BYTES)
+            assert is_intact(memoryview(backend.held()[key]), about)
+
+    def test_what_was_read_is_not_written_again(self, new_cache, stored):
+        backend = stored(rig.tokens(2 * CHUNK))
+        new_cache(backend).lookup(rig.tokens(2 * CHUNK))
+        assert "put" not in backend.calls
+
+    def test_a_chunk_stays_while_it_is_written(self, new_cache, backend):
+        cache = new_cache(backend, slots=2)
+        backend.gate.clear()
+        cache.store(rig.tokens(2 * CHUNK), flush=False)
+        assert cache.store(rig.tokens(CHUNK, 1), flush=False) is Reason.NO_ROOM
+        backend.gate.set()
+        cache.tiers.flush()
+        assert cache.store(rig.tokens(CHUNK, 1)) is Reason.NONE
+        cache.assert_idle()
+
+    def test_the_queue_is_bounded(self, new_cache, backend):
+        cache = new_cache(backend, queue=3, threads=1)
+        backend.gate.clear()
+        cache.store(rig.tokens(8 * CHUNK), flush=False)
+        assert cache.counters["tier_dropped"] == 5
+        assert cache.lookup(rig.tokens(8 * CHUNK)).tokens == 8 * CHUNK, "they are in L1 all the same"
+        backend.gate.set()
+        cache.tiers.flush()
+        assert len(backend.held()) == 3
+        rig.wait_until(lambda: not cache.tiers._writes)
+        cache.store(rig.tokens(3 * CHUNK, 1))
+        assert len(backend.held()) == 6, "and then there is room in it again"
+        cache.assert_idle()
+
+    def test_a_failed_write_is_counted_and_forgotten(self, new_cache, backend):
+        cache = new_cache(backend)
+        backend.error = on_purpose
+        cache.store(rig.tokens(CHUNK))
+        assert (cache.counters["tier_errors"], cache.counters["tier_dropped"]) == (1, 1)
+        assert cache.lookup(rig.tokens(CHUNK)).tokens == CHUNK
+        cache.assert_idle()
+
+    def test_a_refused_write_is_counted(self, new_cache):
+        cache = new_cache(MemoryBackend(max_size=100))
+        cache.store(rig.tokens(2 * CHUNK))
+        assert (cache.counters["tier_errors"], cache.counters["tier_dropped"]) == (0, 2)
+
+    @pytest.mark.parametrize("error", [KeyError, disk_full, AssertionError])
+    def test_an_error_that_breaks_the_contract_is_a_failed_write(self, new_cache, backend, error):
+        cache = new_cache(backend)
+        backend.error = error
+        cache.store(rig.tokens(2 * CHUNK))
+        assert cache.counters["tier_errors"] == 2
+        cache.assert_idle()
+
+    def test_one_tier_fails_and_the_next_is_written(self, new_cache, backend):
+        backend.error = on_purpose
+        healthy = Backend()
+        new_cache(backend, healthy).store(rig.tokens(2 * CHUNK))
+        assert len(healthy.held()) == 2
+
+
+class TestNotKeeping:
+    def test_a_chunk_is_gone_from_l1_once_it_is_written(self, new_cache, backend):
+        cache = new_cache(backend, keep=False)
+        backend.gate.clear()
+        cache.store(rig.tokens(2 * CHUNK), flush=False)
+        assert len(cache.decider) == 2
+        backend.gate.set()
+        cache.tiers.flush()
+        assert (len(cache.decider), len(backend.held())) == (0, 2)
+        assert cache.decider.free_bytes == cache.decider.capacity_bytes
+
+    def test_a_chunk_that_is_read_back_is_gone_after_its_last_reader(self, new_cache, backend):
+        cache = new_cache(backend, keep=False)
+        cache.store(rig.tokens(2 * CHUNK))
+        one = cache.lookup(rig.tokens(2 * CHUNK), release=False)
+        other = cache.lookup(rig.tokens(2 * CHUNK), release=False)
+        assert (one.tokens, other.tokens, len(cache.decider)) == (2 * CHUNK, 2 * CHUNK, 2)
+        cache.decider.release(one.lease)
+        assert len(cache.decider) == 2
+        cache.decider.release(other.lease)
+        assert len(cache.decider) == 0
+
+    def test_a_chunk_for_which_the_queue_has_no_room_is_gone_at_once(self, new_cache, backend):
+        cache = new_cache(backend, keep=False, queue=1, threads=1)
+        backend.gate.clear()
+        cache.store(rig.tokens(3 * CHUNK), flush=False)
+        assert len(cache.decider) == 1
+        backend.gate.set()
+        cache.assert_idle()
+
+    def test_a_chunk_that_could_not_be_written_is_gone_as_well(self, new_cache, backend):
+        backend.error = on_purpose
+        cache = new_cache(backend, keep=False)
+        cache.store(rig.tokens(2 * CHUNK))
+        assert len(cache.decider) == 0
+
+
+class TestReading:
+    def test_a_prefix_comes_back(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(3 * CHUNK + 2 * PAGE)))
+        hit = cache.lookup(rig.tokens(3 * CHUNK + 2 * PAGE))
+        assert (hit.tokens, hit.receipt.reason) == (3 * CHUNK + 2 * PAGE, Reason.NONE)
+        assert hit.receipt.by_tier == {"l1": 0, "t0": 3 * CHUNK + 2 * PAGE}
+        assert hit.receipt.bytes == (3 * PAGES + 2) * rig.PAGE_BYTES
+        again = cache.lookup(rig.tokens(3 * CHUNK + 2 * PAGE))
+        assert again.receipt.by_tier == {"l1": 3 * CHUNK + 2 * PAGE}
+        cache.assert_idle()
+
+    def test_the_caller_is_not_kept_waiting(self, new_cache, stored):
+        backend = stored(rig.tokens(CHUNK))
+        cache = new_cache(backend)
+        backend.gate.clear()
+        assert cache.ask(rig.tokens(CHUNK)) is None
+        assert cache.ask(rig.tokens(CHUNK)) is None
+        backend.gate.set()
+        assert cache.lookup(rig.tokens(CHUNK), owner="r").tokens == CHUNK
+
+    def test_what_l1_has_is_not_read(self, new_cache, stored):
+        backend = stored(rig.tokens(4 * CHUNK))
+        cache = new_cache(backend)
+        cache.lookup(rig.tokens(2 * CHUNK))
+        backend.calls.clear()
+        hit = cache.lookup(rig.tokens(4 * CHUNK))
+        assert hit.receipt.by_tier == {"l1": 2 * CHUNK, "t0": 2 * CHUNK}
+        assert backend.calls == ["count_leading", "get_into", "get_into"]
+
+    @pytest.mark.parametrize("length", [PAGE - 1, CHUNK])
+    def test_no_tier_is_asked_without_need(self, new_cache, backend, length):
+        cache = new_cache(backend)
+        cache.store(rig.tokens(CHUNK))
+        backend.calls.clear()
+        assert cache.ask(rig.tokens(length)) is not None
+        assert backend.calls == []
+
+    def test_what_is_being_written_is_not_read(self, new_cache, stored):
+        backend = stored(rig.tokens(CHUNK))
+        cache = new_cache(backend)
+        chain = rig.chain(rig.tokens(CHUNK))
+        [slot], _ = cache.decider.reserve(chain, GEOMETRY, 0, CHUNK, tail=True)
+        assert cache.ask(rig.tokens(CHUNK)).receipt.reason is Reason.BEING_WRITTEN
+        cache.decider.abandon(slot)
+
+    def test_a_chunk_that_is_stored_meanwhile_is_not_read_twice(self, new_cache, stored):
+        """The engine computes what is being fetched, and commits it first."""
+        backend = stored(rig.tokens(2 * CHUNK))
+        cache = new_cache(backend)
+        backend.only, backend.gate = ("count_leading",), threading.Event()
+        assert cache.ask(rig.tokens(2 * CHUNK)) is None
+        cache.store(rig.tokens(CHUNK), flush=False)
+        backend.gate.set()
+        hit = cache.lookup(rig.tokens(2 * CHUNK), owner="r")
+        assert hit.receipt.by_tier == {"l1": CHUNK, "t0": CHUNK}
+        assert backend.calls.count("get_into") == 1
+        cache.assert_idle()
+
+    def test_an_owner_asks_once_until_it_is_forgotten(self, new_cache, backend):
+        cache = new_cache(backend)
+        for _ in range(3):
+            while cache.ask(rig.tokens(CHUNK)) is None:
+                cache.tiers.wait("r")
+        assert backend.calls.count("count_leading") == 1
+        cache.tiers.forget("r")
+        assert cache.ask(rig.tokens(CHUNK)) is None
+        cache.tiers.forget("r")
+        cache.assert_idle()
+
+    def test_an_owner_may_ask_for_more_later(self, new_cache, stored):
+        """A preempted request comes back with the tokens it has generated."""
+        cache = new_cache(stored(rig.tokens(CHUNK)))
+        while (first := cache.ask(rig.tokens(CHUNK))) is None:
+            cache.tiers.wait("r")
+        cache.store(rig.tokens(2 * CHUNK))
+        second = cache.ask(rig.tokens(2 * CHUNK))
+        assert (first.tokens, second.tokens) == (CHUNK, 2 * CHUNK)
+        assert sum(second.receipt.by_tier.values()) == 2 * CHUNK
+        for hit in (first, second):
+            cache.decider.release(hit.lease)
+        cache.tiers.forget("r")
+        cache.assert_idle()
+
+    def test_many_at_once_want_the_same(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(6 * CHUNK)))
+        answers = {f"o{i}": cache.ask(rig.tokens(6 * CHUNK), f"o{i}") for i in range(20)}
+        for owner, answer in answers.items():
+            hit = answer or cache.lookup(rig.tokens(6 * CHUNK), owner, release=False)
+            assert hit.receipt.reason in (Reason.NONE, Reason.BEING_WRITTEN)
+            cache.decider.release(hit.lease)
+        assert cache.lookup(rig.tokens(6 * CHUNK)).tokens == 6 * CHUNK
+        cache.assert_idle()
+
+    def test_a_full_slab_makes_room(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(4 * CHUNK)), slots=4)
+        cache.store(rig.tokens(4 * CHUNK, 1))
+        assert cache.lookup(rig.tokens(4 * CHUNK)).tokens == 4 * CHUNK
+        cache.assert_idle()
+
+    def test_a_prefix_larger_than_the_slab_comes_back_in_part(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(6 * CHUNK)), slots=4)
+        hit = cache.lookup(rig.tokens(6 * CHUNK))
+        assert (hit.tokens, hit.receipt.reason) == (4 * CHUNK, Reason.NO_ROOM)
+        cache.assert_idle()
+
+    def test_a_slab_in_use_leaves_no_room(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(CHUNK)), slots=2)
+        cache.store(rig.tokens(2 * CHUNK, 1))
+        held = cache.lookup(rig.tokens(2 * CHUNK, 1), release=False)
+        hit = cache.lookup(rig.tokens(CHUNK))
+        assert (hit.tokens, hit.receipt.reason) == (0, Reason.NO_ROOM)
+        cache.decider.release(held.lease)
+        cache.assert_idle()
+
+
+class TestTails:
+    def test_a_shorter_tail_is_better_than_none(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(2 * PAGE)))
+        hit = cache.lookup(rig.tokens(4 * PAGE))
+        assert (hit.tokens, hit.receipt.reason) == (2 * PAGE, Reason.NEVER_STORED)
+
+    def test_the_longest_tail_is_taken(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(PAGE), rig.tokens(3 * PAGE), rig.tokens(2 * PAGE)))
+        assert cache.lookup(rig.tokens(4 * PAGE)).tokens == 3 * PAGE
+
+    def test_a_longer_tail_than_l1_has(self, new_cache, stored):
+        backend = stored(rig.tokens(CHUNK + 3 * PAGE))
+        cache = new_cache(backend)
+        cache.store(rig.tokens(CHUNK + PAGE), flush=False)
+        hit = cache.lookup(rig.tokens(2 * CHUNK))
+        assert hit.tokens == CHUNK + 3 * PAGE
+        assert hit.receipt.by_tier == {"l1": CHUNK, "t0": 3 * PAGE}
+        cache.assert_idle()
+
+    def test_no_tail_that_l1_has_already(self, new_cache, stored):
+        backend = stored(rig.tokens(2 * PAGE))
+        cache = new_cache(backend)
+        cache.store(rig.tokens(2 * PAGE))
+        backend.calls.clear()
+        assert cache.lookup(rig.tokens(3 * PAGE)).receipt.by_tier == {"l1": 2 * PAGE}
+        assert "get_into" not in backend.calls
+
+    def test_the_exact_tail(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(2 * CHUNK + PAGE)))
+        hit = cache.lookup(rig.tokens(2 * CHUNK + PAGE + PAGE - 1))
+        assert (hit.tokens, hit.receipt.reason) == (2 * CHUNK + PAGE, Reason.NONE)
+
+
+class TestOrder:
+    def test_the_first_tier_that_has_all_is_the_only_one_asked(self, new_cache, stored):
+        one, other = Backend(), Backend()
+        stored(rig.tokens(2 * CHUNK), into=one)
+        stored(rig.tokens(2 * CHUNK), into=other)
+        hit = new_cache(one, other).lookup(rig.tokens(2 * CHUNK))
+        assert hit.receipt.by_tier == {"l1": 0, "t0": 2 * CHUNK}
+        assert other.calls == []
+
+    def test_the_tier_that_has_most(self, new_cache, stored):
+        one, other = Backend(), Backend()
+        stored(rig.tokens(CHUNK), into=one)
+        stored(rig.tokens(3 * CHUNK), into=other)
+        hit = new_cache(one, other).lookup(rig.tokens(4 * CHUNK))
+        assert hit.receipt.by_tier == {"l1": 0, "t1": 3 * CHUNK}
+
+    def test_a_failing_tier_is_passed_over(self, new_cache, stored):
+        one, other = Backend(), Backend()
+        one.error = on_purpose
+        stored(rig.tokens(CHUNK), into=other)
+        cache = new_cache(one, other)
+        assert cache.lookup(rig.tokens(CHUNK)).receipt.by_tier == {"l1": 0, "t1": CHUNK}
+        assert cache.counters.values["tier_errors", "t0"] == 1
+
+
+class TestDamage:
+    def test_a_damaged_object_is_a_miss_a_counter_and_gone(self, new_cache, stored):
+        backend = stored(rig.tokens(2 * CHUNK))
+        cache = new_cache(Corrupting(backend, every=2))
+        hit = cache.lookup(rig.tokens(2 * CHUNK))
+        assert (hit.tokens, hit.receipt.reason) == (CHUNK, Reason.DAMAGED)
+        assert cache.counters.values["damaged", "t0"] == 1
+        assert len(backend.held()) == 1
+        assert cache.lookup(rig.tokens(2 * CHUNK)).receipt.reason is Reason.NEVER_STORED
+        cache.assert_idle()
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda data: data[:-1],
+            lambda data: data[:HEADER_BYTES],
+            lambda data: b"",
+            lambda data: bytes(len(data)),
+            lambda data: data[:100] + b"\1" + data[101:],
+            lambda data: b"X" + data[1:],
+        ],
+        ids=["a byte short", "a header", "nothing", "zeros", "spare field", "magic"],
+    )
+    def test_what_is_not_the_object_is_a_miss(self, new_cache, stored, spoil):
+        backend = stored(rig.tokens(CHUNK))
+        [(key, data)] = backend.held().items()
+        backend.backend.put(key, memoryview(spoil(data)))
+        cache = new_cache(backend)
+        hit = cache.lookup(rig.tokens(CHUNK))
+        assert (hit.tokens, hit.receipt.reason) == (0, Reason.DAMAGED)
+        assert backend.held() == {}
+        cache.assert_idle()
+
+    def test_an_intact_object_under_the_wrong_key_is_a_miss(self, new_cache, stored):
+        """A store that mixes up two keys returns bytes whose checksum is right."""
+        backend = stored(rig.tokens(CHUNK), rig.tokens(CHUNK, 1))
+        one, other = backend.held()
+        backend.backend.put(one, memoryview(backend.held()[other]))
+        cache = new_cache(backend)
+        assert cache.lookup(rig.tokens(CHUNK)).receipt.reason is Reason.DAMAGED
+        assert cache.lookup(rig.tokens(CHUNK, 1)).tokens == CHUNK
+
+    def test_an_object_too_large_is_not_read_beyond_its_slot(self, new_cache, stored):
+        backend = stored(rig.tokens(2 * PAGE), rig.tokens(CHUNK))
+        chain = rig.chain(rig.tokens(CHUNK))
+        backend.backend.put(chain.tail(0, 2), memoryview(backend.held()[chain.key(0)]))
+        cache = new_cache(backend)
+        cache.store(rig.tokens(CHUNK, 1), flush=False)
+        assert cache.lookup(rig.tokens(2 * PAGE)).tokens == 0
+        assert cache.lookup(rig.tokens(CHUNK, 1)).tokens == CHUNK, "what lay beside it is intact"
+
+    def test_a_store_that_cannot_remove_is_not_asked_to(self, new_cache, stored):
+        backend = stored(rig.tokens(CHUNK))
+        backend.capabilities = Capabilities(removal=False)
+        cache = new_cache(Corrupting(backend, every=1))
+        assert cache.lookup(rig.tokens(CHUNK)).receipt.reason is Reason.DAMAGED
+        assert "remove" not in backend.calls
+
+    def test_an_object_that_vanishes_is_a_miss(self, new_cache, stored):
+        backend = stored(rig.tokens(2 * CHUNK))
+        backend.backend.remove(rig.chain(rig.tokens(CHUNK)).key(0))
+        backend.count_leading = len
+        cache = new_cache(backend)
+        hit = cache.lookup(rig.tokens(2 * CHUNK))
+        assert (hit.tokens, hit.receipt.reason) == (0, Reason.NEVER_STORED)
+        cache.assert_idle()
+
+
+class TestErrors:
+    """Whatever a backend raises, where the contract allows it and where it does not."""
+
+    @pytest.mark.parametrize("call", ["count_leading", "contains", "get_into"])
+    @pytest.mark.parametrize("error", [on_purpose, disk_full, ValueError, KeyError, MemoryError])
+    def test_it_is_a_miss_and_leaks_nothing(self, new_cache, stored, call, error):
+        backend = stored(rig.tokens(2 * CHUNK), rig.tokens(PAGE, 1))
+        backend.error, backend.only = error, (call,)
+        cache = new_cache(backend)
+        for sequence in (rig.tokens(2 * CHUNK), rig.tokens(3 * PAGE, 1)):
+            began = time.monotonic()
+            cache.lookup(sequence)
+            assert time.monotonic() - began < 4, "the waiter was not told"
+        assert cache.counters["tier_errors"] >= 1
+        cache.assert_idle()
+        backend.error = None
+        assert cache.lookup(rig.tokens(2 * CHUNK)).tokens == 2 * CHUNK, "its keys are free again"
+
+    def test_removing_a_damaged_object_may_fail(self, new_cache, stored):
+        backend = stored(rig.tokens(CHUNK))
+        backend.error, backend.only = on_purpose, ("remove",)
+        cache = new_cache(Corrupting(backend, every=1))
+        assert cache.lookup(rig.tokens(CHUNK)).receipt.reason is Reason.DAMAGED
+        cache.assert_idle()
+
+    @pytest.mark.parametrize("every", [2, 3, 5])
+    def test_a_flaky_backend(self, new_cache, every, monkeypatch):
+        monkeypatch.setattr(tiers_module, "REST_S", 0.0)
+        backend = Flaky(Backend(), every=every)
+        cache = new_cache(backend, slots=6)
+        for turn in range(60):
+            cache.store(rig.tokens(2 * CHUNK, turn % 7))
+            cache.lookup(rig.tokens(3 * CHUNK, turn % 7))
+        assert cache.counters["tier_errors"] == backend.failures
+        cache.assert_idle()
+
+    @pytest.mark.parametrize("count", [99, -1, None, "many"])
+    def test_a_count_that_makes_no_sense(self, new_cache, stored, count):
+        backend = stored(rig.tokens(2 * CHUNK))
+        backend.count_leading = lambda keys: count
+        cache = new_cache(backend)
+        assert cache.lookup(rig.tokens(3 * CHUNK)).tokens in (0, 2 * CHUNK)
+        cache.assert_idle()
+
+    @pytest.mark.parametrize("size", [-1, 0, 10**9, "all", 1.5, True])
+    def test_a_length_that_makes_no_sense(self, new_cache, stored, size):
+        backend = stored(rig.tokens(CHUNK))
+        backend.get_into = lambda key, out: size
+        cache = new_cache(backend)
+        assert cache.lookup(rig.tokens(CHUNK)).tokens == 0
+        cache.assert_idle()
+
+    def test_tokens_without_a_key_leave_no_lease(self, new_cache, stored):
+        """The first chunk hits; the key of the third cannot be computed."""
+        cache = new_cache(stored(rig.tokens(CHUNK)))
+        cache.store(rig.tokens(CHUNK))
+        with pytest.raises(Exception, match="format requires"):
+            cache.ask([*rig.tokens(2 * CHUNK), *[2**32] * CHUNK])
+        cache.assert_idle()
+
+
+class TestTime:
+    def test_a_late_answer_is_what_l1_has(self, new_cache, stored):
+        backend = stored(rig.tokens(3 * CHUNK))
+        cache = new_cache(backend, fetch_timeout_s=0.05)
+        cache.store(rig.tokens(CHUNK))
+        backend.gate.clear()
+        hit = cache.lookup(rig.tokens(3 * CHUNK))
+        assert (hit.tokens, hit.receipt.reason) == (CHUNK, Reason.TIMED_OUT)
+        assert hit.receipt.by_tier == {"l1": CHUNK}
+        assert len(cache.decider.leases) == 0
+        backend.gate.set()
+        cache.tiers.close()
+        cache.assert_idle()
+
+    def test_what_arrives_late_serves_the_next(self, new_cache, stored):
+        backend = stored(rig.tokens(CHUNK))
+        cache = new_cache(backend, fetch_timeout_s=0.05)
+        backend.only, backend.gate = ("get_into",), threading.Event()
+        assert cache.lookup(rig.tokens(CHUNK)).receipt.reason is Reason.TIMED_OUT
+        assert cache.lookup(rig.tokens(CHUNK)).receipt.reason is Reason.BEING_WRITTEN
+        assert cache.decider.free_bytes < cache.decider.capacity_bytes, "the backend writes to it"
+        backend.gate.set()
+        rig.wait_until(lambda: len(cache.decider) == 1)
+        assert cache.lookup(rig.tokens(CHUNK)).receipt.by_tier == {"l1": CHUNK}
+        cache.assert_idle()
+
+    def test_an_owner_that_is_gone_leaks_nothing(self, new_cache, stored):
+        backend = stored(rig.tokens(4 * CHUNK))
+        for call in ("count_leading", "get_into"):
+            cache = new_cache(backend)
+            cache.store(rig.tokens(CHUNK))
+            backend.only, backend.gate = (call,), threading.Event()
+            assert cache.ask(rig.tokens(4 * CHUNK)) is None
+            rig.wait_until(lambda call=call: call in backend.calls)
+            cache.tiers.forget("r")
+            cache.tiers.forget("r")
+            assert len(cache.decider.leases) == 0
+            before = backend.calls.count("get_into")
+            backend.gate.set()
+            cache.tiers.close()
+            assert backend.calls.count("get_into") <= before + 1, "it went on for nobody"
+            cache.assert_idle()
+            backend.calls.clear()
+
+    def test_leases_held_for_a_waiter_end_with_it(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(3 * CHUNK)))
+        cache.store(rig.tokens(CHUNK))
+        assert cache.ask(rig.tokens(3 * CHUNK)) is None
+        cache.tiers.wait("r")
+        assert len(cache.decider.leases) == 3
+        cache.tiers.forget("r")
+        assert len(cache.decider.leases) == 0
+
+    def test_what_was_found_cannot_be_evicted_before_it_is_collected(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(2 * CHUNK)), slots=3)
+        assert cache.ask(rig.tokens(2 * CHUNK)) is None
+        cache.tiers.wait("r")
+        for seed in range(1, 6):
+            cache.store(rig.tokens(CHUNK, seed))
+        assert cache.lookup(rig.tokens(2 * CHUNK), owner="r").tokens == 2 * CHUNK
+        cache.assert_idle()
+
+    def test_waiting_for_nobody(self, new_cache, backend):
+        cache = new_cache(backend)
+        cache.tiers.wait("nobody")
+        cache.tiers.forget("nobody")
+
+
+class TestSleeping:
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch):
+        monkeypatch.setattr(tiers_module, "REST_S", 0.2)
+
+    def test_a_tier_that_fails_rests(self, new_cache, stored):
+        backend = stored(rig.tokens(CHUNK))
+        backend.error = on_purpose
+        cache = new_cache(backend)
+        for seed in range(10):
+            cache.lookup(rig.tokens(CHUNK, seed))
+        assert len(backend.calls) == tiers_module.TRIES
+        cache.store(rig.tokens(CHUNK, 11))
+        assert len(backend.calls) == tiers_module.TRIES, "it is not written to either"
+        assert cache.counters["tier_dropped"] == 1
+
+    def test_a_tier_that_rests_delays_nobody(self, new_cache, backend):
+        backend.error = on_purpose
+        cache = new_cache(backend)
+        for seed in range(3):
+            cache.lookup(rig.tokens(CHUNK, seed))
+        assert cache.ask(rig.tokens(CHUNK, 4)) is not None, "not even for one turn"
+
+    def test_a_tier_that_has_rested_works_again(self, new_cache, stored):
+        backend = stored(rig.tokens(CHUNK))
+        backend.error = on_purpose
+        cache = new_cache(backend)
+        for seed in range(1, 4):
+            cache.lookup(rig.tokens(CHUNK, seed))
+        backend.error = None
+        assert cache.lookup(rig.tokens(CHUNK)).tokens == 0
+        time.sleep(0.25)
+        assert cache.lookup(rig.tokens(CHUNK)).tokens == CHUNK
+
+    def test_failures_in_between_do_not_add_up(self, new_cache, backend):
+        cache = new_cache(backend)
+        for seed in range(8):
+            backend.error = on_purpose if seed % 2 else None
+            cache.lookup(rig.tokens(PAGE, seed))  # of which there can be no shorter tail
+        assert backend.calls.count("count_leading") == 8
+
+    def test_a_tier_that_hangs_rests_too(self, new_cache, backend, monkeypatch):
+        """Or every request for ever would wait for as long as one may."""
+        monkeypatch.setattr(tiers_module, "REST_S", 60.0)
+        cache = new_cache(backend, fetch_timeout_s=0.05)
+        backend.gate.clear()
+        for seed in range(3):
+            assert cache.lookup(rig.tokens(CHUNK, seed)).receipt.reason is Reason.TIMED_OUT
+        hit = cache.ask(rig.tokens(CHUNK, 4))
+        assert hit is not None
+        assert hit.receipt.reason is Reason.NEVER_STORED
+        backend.gate.set()
+
+    def test_a_tier_that_takes_all_threads_does_not_delay_for_ever(self, new_cache, monkeypatch):
+        """The other tier is well, but there is no thread left to ask it."""
+        monkeypatch.setattr(tiers_module, "REST_S", 60.0)
+        stuck, healthy = Backend(), Backend()
+        cache = new_cache(stuck, healthy, threads=1, fetch_timeout_s=0.05)
+        stuck.gate.clear()
+        for seed in range(4):
+            cache.lookup(rig.tokens(CHUNK, seed))
+        assert cache.ask(rig.tokens(CHUNK, 5)) is not None
+        stuck.gate.set()
+
+    def test_a_slow_tier_that_answers_in_time_does_not_rest(self, new_cache):
+        backend = Slow(Backend(), 0.02)
+        cache = new_cache(backend)
+        for seed in range(5):
+            cache.store(rig.tokens(CHUNK, seed))
+            cache.decider.clear()
+            assert cache.lookup(rig.tokens(CHUNK, seed)).tokens == CHUNK
+
+    def test_reads_do_not_wait_behind_writes(self, new_cache, stored):
+        backend = stored(rig.tokens(CHUNK))
+        cache = new_cache(backend, fetch_timeout_s=5.0, threads=1)
+        backend.only, backend.gate = ("put",), threading.Event()
+        cache.store(rig.tokens(4 * CHUNK, 1), flush=False)
+        assert cache.lookup(rig.tokens(CHUNK)).tokens == CHUNK
+        backend.gate.set()
+
+
+class TestReasons:
+    def test_what_was_evicted_and_is_nowhere_else_is_evicted(self, new_cache, backend):
+        backend.put = lambda key, data: False
+        cache = new_cache(backend, slots=2)
+        cache.store(rig.tokens(CHUNK))
+        cache.store(rig.tokens(2 * CHUNK, 1))
+        assert cache.lookup(rig.tokens(CHUNK)).receipt.reason is Reason.EVICTED
+
+    def test_what_is_nowhere_was_never_stored(self, new_cache, backend):
+        assert new_cache(backend).lookup(rig.tokens(CHUNK)).receipt.reason is Reason.NEVER_STORED
+
+    def test_every_lookup_is_counted_once_with_its_reason(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(2 * CHUNK)))
+        for sequence in (rig.tokens(2 * CHUNK), rig.tokens(PAGE - 1), rig.tokens(CHUNK, 1)):
+            cache.lookup(sequence)
+        counts = cache.counters.copy()
+        assert cache.counters["lookups"] == 3
+        assert {label for name, label in counts if name == "lookups"} == {
+            "none",
+            "short",
+            "never_stored",
+        }
+        assert cache.counters["lookup_tokens"] == 3 * CHUNK + PAGE - 1
+        assert counts["hit_tokens", "t0"] == 2 * CHUNK
+
+
+class TestClosing:
+    def test_what_is_queued_is_written_first(self, new_cache):
+        backend = Backend()
+        cache = new_cache(Slow(backend, 0.01), threads=1)
+        cache.store(rig.tokens(8 * CHUNK), flush=False)
+        cache.tiers.close()
+        assert len(backend.held()) == 8
+        assert backend.closed == 1
+        cache.assert_idle()
+
+    def test_a_backend_that_hangs_does_not_keep_the_engine_from_closing(self, new_cache, backend):
+        cache = new_cache(backend, threads=1)
+        backend.gate.clear()
+        cache.store(rig.tokens(8 * CHUNK), flush=False)
+        cache.ask(rig.tokens(CHUNK, 1))
+        began = time.monotonic()
+        cache.tiers.close(timeout_s=0.1)
+        assert time.monotonic() - began < 3
+        assert backend.closed == 1
+        backend.gate.set()
+        rig.wait_until(lambda: not cache.tiers._writes)
+        cache.assert_idle()
+
+    def test_who_waits_is_told(self, new_cache, backend):
+        cache = new_cache(backend, fetch_timeout_s=30.0, threads=1)
+        backend.gate.clear()
+        for owner in ("running", "queued"):
+            assert cache.ask(rig.tokens(CHUNK), owner) is None
+        waiters = [
+            threading.Thread(target=cache.tiers.wait, args=(owner,)) for owner in ("running", "queued")
+        ]
+        for waiter in waiters:
+            waiter.start()
+        cache.tiers.close(timeout_s=0.05)
+        for waiter in waiters:
+            waiter.join(3)
+            assert not waiter.is_alive()
+        backend.gate.set()
+
+    def test_afterwards_l1_still_serves(self, new_cache, backend):
+        """Another thread detaches while the scheduler is in the middle of a step."""
+        cache = new_cache(backend)
+        cache.store(rig.tokens(CHUNK))
+        cache.tiers.close()
+        cache.tiers.close()
+        assert cache.store(rig.tokens(CHUNK, 1)) is Reason.NONE
+        assert cache.lookup(rig.tokens(CHUNK, 1)).tokens == CHUNK
+        assert cache.lookup(rig.tokens(CHUNK, 2)).receipt.reason is Reason.NEVER_STORED
+        cache.assert_idle()
+
+    def test_a_chunk_offered_while_closing_is_dropped(self, new_cache, backend):
+        cache = new_cache(backend)
+        offer = cache.decider.on_commit
+        cache.tiers.close()
+        cache.decider.on_commit = offer  # as if it had been read just before
+        cache.store(rig.tokens(CHUNK))
+        assert cache.counters["tier_dropped"] == 1
+        cache.assert_idle()
+
+    def test_one_backend_that_cannot_close_keeps_no_other_open(self, new_cache):
+        one, other = Backend(), Backend()
+
+        def fail():
+            raise BackendError("on purpose")
+
+        cache = new_cache(one, other)
+        close, one.close = one.close, fail
+        with pytest.raises(BackendError, match="on purpose"):
+            cache.tiers.close()
+        assert other.closed == 1
+        one.close = close
+
+    def test_no_thread_is_left(self, new_cache, backend):
+        cache = new_cache(backend)
+        cache.store(rig.tokens(4 * CHUNK))
+        cache.lookup(rig.tokens(CHUNK, 1))
+        cache.tiers.close()
+        assert not [t for t in threading.enumerate() if t.name.startswith("lmcache-tier")]
+
+
+def test_no_tiers_at_all(new_cache):
+    cache = new_cache()
+    cache.store(rig.tokens(CHUNK))
+    assert cache.ask(rig.tokens(2 * CHUNK)).tokens == CHUNK
