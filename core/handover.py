@@ -77,7 +77,8 @@ def _send(sock: socket.socket, message: msgspec.Struct, fds: list[int] | None = 
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     frame = _LENGTH.pack(len(body)) + body
     sent = sock.sendmsg([frame], rights)
-    sock.sendall(frame[sent:])
+    if sent < len(frame):  # or an empty send would fail where the answer says why
+        sock.sendall(frame[sent:])
 
 
 def _receive(
@@ -225,9 +226,9 @@ class Visit:
             raise HandoverError(f"the mover did not take the slab: {error}") from error
 
     def is_alive(self) -> bool:
-        """Whether the mover's process still holds its end. Never blocks."""
-        self._sock.setblocking(False)
+        """Whether the mover's process still holds its end, and we ours. Never blocks."""
         try:
+            self._sock.setblocking(False)
             return self._sock.recv(1) != b""
         except BlockingIOError:
             return True

@@ -83,11 +83,12 @@ class CacheCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Called by the registry at each scrape."""
         counts = sorted(self._counters.copy().items())
+        values = self._counters.values.copy()
         for name, help_text in _HELP.items():
             family = CounterMetricFamily(f"lmcache_{name}", help_text, labels=["engine", "kind"])
-            for (found, label), value in counts:
-                if found == name:
-                    family.add_metric([self._engine, label], value)
+            found = sorted((label, value) for (of, label), value in values.items() if of == name)
+            for label, value in found or [("", 0)]:
+                family.add_metric([self._engine, label], value)
             yield family
         for name, level in self._gauges().items():
             gauge = GaugeMetricFamily(f"lmcache_{name}", name.replace("_", " "), labels=["engine"])

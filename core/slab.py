@@ -53,7 +53,11 @@ class Slab:
         """Pass it to another process to share the memory."""
         self.size = size
         self._close_fd = weakref.finalize(self, os.close, fd)
-        self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | _NORESERVE)
+        try:
+            self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | _NORESERVE)
+        except BaseException:
+            self._close_fd()
+            raise
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 

@@ -68,7 +68,6 @@ class Draft:
         if not wanted or not hit or not lease or lease not in self.cache.decider.leases:
             self.cache.decider.release(lease)
             return False
-        lease.in_flight = True  # no deadline ends it while the rest of the step is made
         self._leases.append(lease)
         self._loaded.extend(hit.slots)
         geometry, request = self.cache.geometry, tracked.request

@@ -89,6 +89,8 @@ class SchedulerSide:
         tracked.load = external
         if external:
             self._promise(request, tracked.local, external)
+            if tracked.hit and tracked.hit.lease:
+                tracked.hit.lease.in_flight = True  # vLLM counts on it: no deadline ends it now
         elif tracked.hit:
             tracked.done = tracked.hit.tokens
             self._let_go(tracked)

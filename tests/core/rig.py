@@ -6,8 +6,15 @@ whatever bytes a cache puts into a page can be checked without knowing where the
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
 import time
+import uuid
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 from blake3 import blake3
@@ -162,6 +169,53 @@ def wait_until(condition, timeout_s=10.0):
         time.sleep(0.002)
 
 
+class Process:
+    """A mover or a decider in a process of its own; see `process.py`."""
+
+    def __init__(self, role, engine, *numbers):
+        program = Path(__file__).with_name("process.py")
+        self._child = subprocess.Popen(
+            [sys.executable, str(program), role, engine, *map(str, numbers)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self._child.pid
+
+    def ready(self):
+        """Wait until it has started."""
+        assert self._answer() == "ready"
+        return self
+
+    def do(self, name, **details):
+        self._child.stdin.write(json.dumps({"do": name, **details}) + "\n")
+        self._child.stdin.flush()
+        return self._answer()
+
+    def _answer(self):
+        line = self._child.stdout.readline()
+        assert line, "the process has ended"
+        return json.loads(line)
+
+    def stop(self):
+        """SIGSTOP, and wait until every thread of it has stopped."""
+        self._child.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
+
+    def go_on(self):
+        self._child.send_signal(signal.SIGCONT)
+
+    def kill(self):
+        """SIGKILL: no handler of its runs."""
+        self._child.kill()
+        self._child.communicate()
+
+
+def engine_id():
+    """An engine's id that no other test, and no other run of this one, uses."""
+    return f"test-{uuid.uuid4()}"
+
+
 class Workshop:
     """Makes caches and closes them in the end, when nothing may be left in them."""
 
@@ -204,9 +258,15 @@ class Workshop:
         self.later(made.close)
         return made
 
+    def process(self, role, engine, *numbers):
+        made = Process(role, engine, *numbers)
+        self.later(made.kill)
+        return made
+
     def close(self):
-        while self._closers:
-            self._closers.pop()()
+        with ExitStack() as stack:
+            while self._closers:
+                stack.callback(self._closers.pop(0))
 
 
 def assert_idle(made):

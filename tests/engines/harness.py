@@ -100,6 +100,7 @@ class Child:
         self._ids = itertools.count()
         self._waiting: dict[int, Future[Any]] = {}
         self._gone = False
+        self._ended = False
         self._reader = threading.Thread(target=self._read, name="vllm-child", daemon=True)
         self._reader.start()
 
@@ -131,17 +132,30 @@ class Child:
         """Shut the engine down, then end the child and whatever it left behind."""
         with contextlib.suppress(ChildError, FutureTimeoutError):
             self.submit("stop").result(timeout)
+        # Python's resource tracker goes last: it unlinks the shared memory of processes vLLM killed
+        deadline = time.monotonic() + timeout
+        while self._lives() and time.monotonic() < deadline:
+            time.sleep(0.05)
         self.kill()
 
     def kill(self) -> None:
         """End the child's whole process group at once."""
-        # once it has been waited for, its number may be another's
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        if not self._ended and self._lives():
+            os.killpg(self._process.pid, signal.SIGKILL)
+        # the group's number may be another's from now on
+        self._ended = True
+        self._process.wait()
         self._reader.join()
         self._socket.close()
+
+    def _lives(self) -> bool:
+        """Whether any process of the child's group is left."""
+        self._process.poll()
+        try:
+            os.killpg(self._process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def _read(self) -> None:
         with contextlib.suppress(ConnectionResetError), self._socket.makefile("rb") as lines:
@@ -419,3 +433,6 @@ async def serve(descriptor: int) -> None:
 
 if __name__ == "__main__":
     asyncio.run(serve(int(sys.argv[1])))
+    # all is shut down, and tearing torch down would take seconds
+    sys.stdout.flush()
+    os._exit(0)

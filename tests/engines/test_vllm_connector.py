@@ -194,7 +194,7 @@ def test_only_what_vllm_lacks_is_loaded(small):
     assert 0 < int(load[1]) < int(load[0]) == warm.num_cached_tokens
 
 
-def offline(model, policy, damage):
+def damaged(model):
     """Cold, then warm with every slot damaged, then warm again; all in one process."""
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
@@ -209,9 +209,8 @@ def offline(model, policy, damage):
         max_model_len=2048,
         enforce_eager=True,
         enable_prefix_caching=False,
-        kv_transfer_config=KVTransferConfig(**TRANSFER, kv_load_failure_policy=policy),
+        kv_transfer_config=KVTransferConfig(**TRANSFER, kv_load_failure_policy="recompute"),
     )
-    cache = next(c._scheduler._cache for c in LIVE if c._scheduler)
     params = SamplingParams(temperature=0, max_tokens=8)
 
     def ask():
@@ -219,14 +218,13 @@ def offline(model, policy, damage):
         return [output.outputs[0].text, output.outputs[0].finish_reason, output.num_cached_tokens]
 
     answers = [ask(), ask()]
-    if damage:
-        index = cache.decider._index
-        for entry, key in enumerate(index.keys):
-            if key:
-                start = index.offset[entry]
-                cache.decider.slab.view[start + TAGS : start + HEADER_BYTES] = bytes(
-                    HEADER_BYTES - TAGS
-                )
+    cache = next(c._scheduler._cache for c in LIVE if c._scheduler)
+    index = cache.decider._index
+    for entry, key in enumerate(index.keys):
+        if key:
+            start = index.offset[entry]
+            tags = slice(start + TAGS, start + HEADER_BYTES)
+            cache.decider.slab.view[tags] = bytes(HEADER_BYTES - TAGS)
     answers += [ask(), ask()]
     failures = cache.decider.counters["load_failures"]
     leases = len(cache.decider.leases)
@@ -237,7 +235,7 @@ def offline(model, policy, damage):
 
 def test_a_failed_load_is_recomputed(run_vllm, model_dir):
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LMCACHE_MAX_LOCAL_CPU_SIZE": "1"}
-    result = run_vllm(offline, env=env, model=str(model_dir), policy="recompute", damage=True)
+    result = run_vllm(damaged, env=env, model=str(model_dir))
     texts = {text for text, _, _ in result["answers"]}
     cold, warm, _, again, destroyed = (cached for _, _, cached in result["answers"])
     assert len(texts) == 1
@@ -249,24 +247,17 @@ def test_a_failed_load_is_recomputed(run_vllm, model_dir):
 
 def without_worker(model):
     """The worker cannot make sense of the pages: vLLM must serve as if we were not there."""
+    from vllm import LLM, SamplingParams
+    from vllm.config import KVTransferConfig
+
     from lmcache.adapters.vllm import worker
+    from lmcache.adapters.vllm.live import LIVE
     from lmcache.core.errors import LayoutError
 
     def refuse(*_):
         raise LayoutError("a layout nobody knows")
 
     worker.layout_of = refuse
-    begin = time.perf_counter()
-    result = offline(model, "fail", damage=False) if False else plain(model)
-    return {**result, "seconds": time.perf_counter() - begin}
-
-
-def plain(model):
-    from vllm import LLM, SamplingParams
-    from vllm.config import KVTransferConfig
-
-    from lmcache.adapters.vllm.live import LIVE
-
     llm = LLM(
         model=model,
         max_model_len=2048,

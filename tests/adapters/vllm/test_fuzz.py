@@ -9,6 +9,7 @@ import pytest
 
 DOCUMENTS, LENGTH = 6, 200
 SLOT = 4096
+STEPS = 400
 TIGHT = 20 * SLOT
 """About a quarter of what the documents alone need."""
 
@@ -16,10 +17,10 @@ TIGHT = 20 * SLOT
 class Traffic:
     """Random requests, and random trouble for them."""
 
-    def __init__(self, engine, seed, *, trouble):
+    def __init__(self, engine, seed, *, trouble, often=0.05):
         self.engine = engine
         self.rng = random.Random(seed)
-        self.trouble = trouble
+        self.trouble, self.often = trouble, often
         self.count = 0
         self.alive = []
         self.skew = 0.0
@@ -75,7 +76,7 @@ class Traffic:
                 self.arrive()
             elif chance < 0.40:
                 self.leave()
-            elif chance < 0.45 and self.trouble:
+            elif chance < 0.40 + self.often:
                 self.disturb()
             self.step()
         while self.engine.scheduler.requests:
@@ -134,7 +135,7 @@ def test_every_byte_is_right(make_engine, plan):
     # vLLM does not reset by force while steps are in flight
     trouble = [kind for kind in CALM if kind != "preempt" or not engine.asynchronous]
     traffic = Traffic(engine, plan, trouble=trouble)
-    traffic.run(250)
+    traffic.run(STEPS)
     assert engine.impl.errors == 0
     assert all(rank.impl.errors == 0 for rank in engine.ranks)
     assert not any(engine.runner.invalid)
@@ -143,14 +144,17 @@ def test_every_byte_is_right(make_engine, plan):
     engine.check_idle()
 
 
-@pytest.mark.parametrize("plan", [plan for plan, options in PLANS.items()])
+@pytest.mark.parametrize("plan", PLANS)
 def test_broken_slots_are_never_served(make_engine, plan):
     options = {"pages": 90, "slab_bytes": TIGHT, **PLANS[plan]}
     if options.get("asynchronous"):
-        options["policy"] = "fail"
+        # vLLM does not go back for a step that is in flight, and forgets to drop the pages of a
+        # request that was aborted meanwhile from its own prefix cache
+        options |= {"policy": "fail", "prefix_caching": False}
     engine = make_engine(**options)
-    traffic = Traffic(engine, plan + "!", trouble=["reset", "break", "break", "break"])
-    traffic.run(250)
+    trouble = ["reset", "break", "break", "break"]
+    traffic = Traffic(engine, plan + "!", trouble=trouble, often=0.4)
+    traffic.run(STEPS)
     assert engine.impl.errors == 0
     assert any(engine.runner.invalid)
     engine.check_text()
