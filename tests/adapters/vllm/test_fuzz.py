@@ -146,11 +146,11 @@ def test_every_byte_is_right(make_engine, plan):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_broken_slots_are_never_served(make_engine, plan):
-    options = {"pages": 90, "slab_bytes": TIGHT, **PLANS[plan]}
+    # vLLM 0.32 forgets to drop pages that failed to load from its own prefix cache when their
+    # request is aborted or preempted before it has computed them
+    options = {"pages": 90, "slab_bytes": TIGHT, **PLANS[plan], "prefix_caching": False}
     if options.get("asynchronous"):
-        # vLLM does not go back for a step that is in flight, and forgets to drop the pages of a
-        # request that was aborted meanwhile from its own prefix cache
-        options |= {"policy": "fail", "prefix_caching": False}
+        options["policy"] = "fail"  # nor does it go back for a step that is in flight
     engine = make_engine(**options)
     trouble = ["reset", "break", "break", "break"]
     traffic = Traffic(engine, plan + "!", trouble=trouble, often=0.4)
