@@ -235,6 +235,11 @@ def _scheduler_side(
     plugins = PluginManager()
 
     engine_id = transfer.engine_id
+    if getattr(transfer, "kv_load_failure_policy", "recompute") != "recompute":
+        logger.info(
+            "vLLM is set to fail a request whose load fails; "
+            '"kv_load_failure_policy": "recompute" in kv-transfer-config computes it instead'
+        )
 
     def attach() -> Attachment:
         attachment = Attachment.open(

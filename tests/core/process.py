@@ -1,4 +1,5 @@
-"""A second process: `mover ENGINE NUMBER SLICE` or `decider ENGINE MOVERS`, told what to do by lines.
+"""A second process: `mover ENGINE NUMBER SLICE` or `decider ENGINE MOVERS`, told what to do by
+lines.
 
 Each line is a JSON object `{"do": NAME, ...}`, and each is answered with one line.
 """

@@ -60,7 +60,9 @@ def content(sequence, page, *, salt="", slice_index=0):
 class Pages:
     """An engine's pages: `REGIONS` arrays in ordinary memory."""
 
-    def __init__(self, count=32, *, slice_index=0, width=WIDTH, page_tokens=PAGE_TOKENS, kind="rig"):
+    def __init__(
+        self, count=32, *, slice_index=0, width=WIDTH, page_tokens=PAGE_TOKENS, kind="rig"
+    ):
         self.count = count
         self.slice_index = slice_index
         shape = (REGIONS, count, page_tokens, width)
@@ -251,9 +253,7 @@ class Workshop:
         made_decider = decider(slots, **options)
         named = [Tier(f"t{index}", backend) for index, backend in enumerate(backends)]
         made_tiers = Tiers(made_decider, named, **(tiers or {}))
-        made = CacheEngine(
-            pages.layout, NAMESPACE, made_decider, made_tiers, chunk_size=chunk_size
-        )
+        made = CacheEngine(pages.layout, NAMESPACE, made_decider, made_tiers, chunk_size=chunk_size)
         made.pages = pages
         self.later(made.close)
         return made

@@ -301,9 +301,7 @@ class TestTwins:
 
     @pytest.fixture
     def ranks(self, workshop, engine):
-        return [
-            Rank(workshop, engine, n, slice_index=0, pages=rig.Pages(16)) for n in range(4)
-        ]
+        return [Rank(workshop, engine, n, slice_index=0, pages=rig.Pages(16)) for n in range(4)]
 
     def test_one_of_them_writes(self, ranks, attach):
         attachment = attach(4)
@@ -381,7 +379,7 @@ class TestRefusals:
         assert made == []
 
     def test_a_mover_with_anothers_number(self, workshop, engine, attach):
-        Rank(workshop, engine, 0, **{"pid": 1})
+        Rank(workshop, engine, 0, pid=1)
         door = Door(address_of(engine, 1), rig.hello(0, slice_index=1), lambda grant, fd: None)
         workshop.later(door.close)
         with pytest.raises(HandoverError, match=r"movers say they are \[0, 0\]"):
@@ -470,9 +468,7 @@ class TestJoining:
     def join(self, workshop, engine):
         def join(movers=1, attach=None):
             def open_it():
-                return Attachment.open(
-                    engine, movers, CHUNK, lambda g: pair(rig.decider(8)), 2.0
-                )
+                return Attachment.open(engine, movers, CHUNK, lambda g: pair(rig.decider(8)), 2.0)
 
             made = Quick(attach or open_it)
             workshop.later(made.close)
@@ -512,7 +508,7 @@ class TestJoining:
             rig.wait_until(joining.current)
             first = joining.current()
             rank.close()
-            rig.wait_until(lambda: joining.current() is None)
+            rig.wait_until(lambda joining=joining: joining.current() is None)
             assert not first.is_whole()
 
     def test_one_of_two_dies_and_both_are_joined_anew(self, workshop, engine, join):
@@ -561,7 +557,7 @@ class TestJoining:
 
         joining.current().on_close.append(fail)
         rank.close()
-        rig.wait_until(lambda: joining.current() is None)
+        rig.wait_until(lambda joining=joining: joining.current() is None)
         Rank(workshop, engine, 0)
         rig.wait_until(joining.current)
 
@@ -591,9 +587,7 @@ class TestJoining:
 
         def attach():
             go.wait(5)
-            opened.append(
-                Attachment.open(engine, 1, CHUNK, lambda g: pair(rig.decider(8)), 2.0)
-            )
+            opened.append(Attachment.open(engine, 1, CHUNK, lambda g: pair(rig.decider(8)), 2.0))
             return opened[0]
 
         joining = join(attach=attach)
@@ -609,7 +603,7 @@ class TestJoining:
         joining = join()
         assert slabs_open() >= before
         rank.close()
-        rig.wait_until(lambda: joining.current() is None)
+        rig.wait_until(lambda joining=joining: joining.current() is None)
         rig.wait_until(lambda: slabs_open() <= before - 1 or slabs_open() == 0)
 
     def test_a_hundred_losses_leave_nothing(self, workshop, engine, join):
@@ -620,7 +614,7 @@ class TestJoining:
             joining = joining or join()
             rig.wait_until(joining.current)
             rank.close()
-            rig.wait_until(lambda: joining.current() is None)
+            rig.wait_until(lambda joining=joining: joining.current() is None)
             if turn == 10:
                 rig.wait_until(lambda: slabs_open() == 0)
                 fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
@@ -667,7 +661,7 @@ class TestTwoProcesses:
         number, moves, _ = run.plan_store(sequence, [0, 1, 2, 3])
         movers[0].do("store", moves=moves, step=number)
         movers[1].kill()
-        rig.wait_until(lambda: joining.current() is None)
+        rig.wait_until(lambda joining=joining: joining.current() is None)
         first.flights.settle()
         assert len(first.decider) == 0, "half of the object was never written"
         first.flights.ground()

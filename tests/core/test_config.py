@@ -273,7 +273,9 @@ WRONG: dict[str, list[Any]] = {
 @pytest.mark.parametrize(("key", "value"), [(k, v) for k, vs in WRONG.items() for v in vs])
 def test_a_wrong_value_is_named_with_its_source_and_what_is_expected(key: str, value: Any) -> None:
     message = refusal({f"lmcache.{key}": value})
-    assert message == (f"{key} is {value!r} (engine option lmcache.{key}), expected {expected(key)}")
+    assert message == (
+        f"{key} is {value!r} (engine option lmcache.{key}), expected {expected(key)}"
+    )
 
 
 def test_a_memory_tier_that_is_off_needs_another_tier() -> None:

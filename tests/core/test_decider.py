@@ -141,9 +141,7 @@ class AnyOrder(RuleBasedStateMachine):
         """The most that could be made free in one piece: only what is in use must stay."""
         held = {slot for lease in self.made.leases for slot in self.slots_of(lease)}
         held |= {slot for slot in self.complete.values() if self.is_pinned(slot)}
-        taken = sorted(
-            (s.offset, s.offset + self.rounded(s.size)) for s in [*self.reserved, *held]
-        )
+        taken = sorted((s.offset, s.offset + self.rounded(s.size)) for s in [*self.reserved, *held])
         end = CONTROL_BYTES + self.made.capacity_bytes
         edges = [(0, CONTROL_BYTES), *taken, (end, end)]
         return max(start - stop for (_, stop), (start, _) in pairwise(edges))
@@ -466,7 +464,7 @@ class TestReserving:
         assert ([slot.chunk for slot in slots], reason) == ([2], Reason.NONE)
 
     def test_chunks_that_another_stores_are_not_reserved_again(self, made):
-        first, _ = reserve(made, rig.tokens(2 * CHUNK))
+        reserve(made, rig.tokens(2 * CHUNK))
         second, reason = reserve(made, rig.tokens(3 * CHUNK))
         assert ([slot.chunk for slot in second], reason) == ([2], Reason.NONE)
 

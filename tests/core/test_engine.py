@@ -418,7 +418,8 @@ class TestLayers:
 
     @pytest.mark.parametrize("first", [0, 1])
     def test_requests_take_turns(self, workshop, first):
-        """While one is stored layer by layer another comes and goes, in a slab with no room to spare.
+        """While one is stored layer by layer another comes and goes, in a slab with no room to
+        spare.
 
         A slot that is half written must not be given to the other.
         """
@@ -481,11 +482,12 @@ class TestLayers:
                     next(steps)
                     continue
                 except StopIteration as end:
-                    running.pop(index)
-                    free += table
-                    if end.value and loads:
-                        assert engine.pages.wrong(sequence, table, end.value.tokens) == []
-                        truths[end.value.reason] = truths.get(end.value.reason, 0) + 1
+                    receipt = end.value
+                running.pop(index)
+                free += table
+                if receipt and loads:
+                    assert engine.pages.wrong(sequence, table, receipt.tokens) == []
+                    truths[receipt.reason] = truths.get(receipt.reason, 0) + 1
         for steps, *_ in running:
             steps.close()
         # a lookup whose generator never began still holds its lease
@@ -523,7 +525,9 @@ class TestOvercommitment:
 
     @pytest.mark.parametrize("every", [2, 5])
     def test_over_a_tier_that_fails_and_corrupts(self, workshop, every):
-        engine = workshop.engine(8, Flaky(Corrupting(MemoryBackend(), every=every), every=every + 2))
+        engine = workshop.engine(
+            8, Flaky(Corrupting(MemoryBackend(), every=every), every=every + 2)
+        )
         rng = random.Random(1)
         for _ in range(300):
             sequence = rig.tokens(rng.randint(1, 4 * CHUNK), rng.randrange(8))

@@ -1,4 +1,4 @@
-"""Two processes share a slab, each notices the other's death, and neither trusts what it receives."""
+"""Two processes share a slab, notice each other's death, and trust nothing they receive."""
 
 from __future__ import annotations
 

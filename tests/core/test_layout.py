@@ -1,4 +1,4 @@
-"""Every layout an engine may have: what is stored of a page is that page, and nothing else changes."""
+"""Every layout an engine may have: what is stored of a page is that page; nothing else changes."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ def object_of(case, *, heads, ratio, pages, table):
 @every_heads
 @every_ratio
 def test_fingerprints_are_equal_exactly_if_bytes_mean_the_same(group, heads, ratio):
-    """For engines whose tensors have one logical shape: padding and the page count do not matter."""
+    """For engines whose tensors have one logical shape: padding and page count do not matter."""
     made = {}
     for case in group:
         for pages, table in ((6, [1, 4]), (11, [10, 0])):
@@ -376,9 +376,7 @@ def test_sizes(case, ratio):
     engine = Engine(case, heads=8, ratio=ratio, dtype=torch.bfloat16)
     layout = engine.layout()
     assert layout.num_pages == engine.pages
-    assert layout.page_bytes == 2 * sum(
-        engine.page(layer, 0).numel() for layer in range(LAYERS)
-    )
+    assert layout.page_bytes == 2 * sum(engine.page(layer, 0).numel() for layer in range(LAYERS))
     for region in layout.regions:
         assert len(region.run_offsets) * region.run_bytes == region.page_bytes
 

@@ -1,4 +1,4 @@
-"""A mover copies what it is told, says when a slot was not what was promised, and decides nothing."""
+"""A mover copies what it is told, says when a slot is not what was promised, decides nothing."""
 
 from __future__ import annotations
 

@@ -110,8 +110,10 @@ def test_more_bytes_than_described_are_not_it():
 )
 def test_another_object_is_not_it(other):
     assert not is_intact(memoryview(sealed()), other)
-    assert is_intact(memoryview(sealed(other, PAYLOAD[: other.payload_bytes].ljust(
-        other.payload_bytes, b"x"))), other)
+    assert is_intact(
+        memoryview(sealed(other, PAYLOAD[: other.payload_bytes].ljust(other.payload_bytes, b"x"))),
+        other,
+    )
 
 
 @given(st.binary(max_size=2000))

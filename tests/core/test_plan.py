@@ -143,9 +143,7 @@ def test_addresses_are_64_bits_wide():
 
 def bytes_of(runs):
     """Object byte to engine byte, for every byte of some runs."""
-    pairs = [
-        (stored + i, engine + i) for engine, stored, length in runs for i in range(length)
-    ]
+    pairs = [(stored + i, engine + i) for engine, stored, length in runs for i in range(length)]
     assert len(dict(pairs)) == len(pairs), "an object byte is copied twice"
     return dict(pairs)
 
@@ -181,7 +179,7 @@ def naive(layouts, page_axis, blocks, spans, chosen):
 
 @st.composite
 def tensors(draw):
-    """Some byte tensors of one engine: axes in any memory order, with gaps, in one or more parts."""
+    """Some byte tensors of one engine: axes in any memory order, with gaps, in some parts."""
     rank = draw(st.integers(2, 4))
     page_axis = draw(st.integers(0, rank - 1))
     blocks = draw(st.sampled_from([1, 1, 2, 3]))

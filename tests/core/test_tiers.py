@@ -31,7 +31,7 @@ def disk_full():
 
 
 class Backend(Wrapper):
-    """Memory that outlives its tier, notes what is asked of it, and does what a test tells it to."""
+    """Memory that outlives its tier, notes what is asked of it, and does what a test says."""
 
     def __init__(self):
         super().__init__(MemoryBackend())
@@ -197,7 +197,9 @@ class TestWriting:
         backend.gate.clear()
         cache.store(rig.tokens(8 * CHUNK), flush=False)
         assert cache.counters["tier_dropped"] == 5
-        assert cache.lookup(rig.tokens(8 * CHUNK)).tokens == 8 * CHUNK, "they are in L1 all the same"
+        assert cache.lookup(rig.tokens(8 * CHUNK)).tokens == 8 * CHUNK, (
+            "they are in L1 all the same"
+        )
         backend.gate.set()
         cache.tiers.flush()
         assert len(backend.held()) == 3
@@ -777,7 +779,8 @@ class TestClosing:
         for owner in ("running", "queued"):
             assert cache.ask(rig.tokens(CHUNK), owner) is None
         waiters = [
-            threading.Thread(target=cache.tiers.wait, args=(owner,)) for owner in ("running", "queued")
+            threading.Thread(target=cache.tiers.wait, args=(owner,))
+            for owner in ("running", "queued")
         ]
         for waiter in waiters:
             waiter.start()

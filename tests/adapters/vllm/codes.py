@@ -1,6 +1,7 @@
 """What a fake model writes into its pages instead of KV: words that tell where they belong.
 
-The word of a token depends on every token before it, on what else the model was shown, and on layer,
+The word of a token depends on every token before it, on what else the model was shown, and on
+layer,
 head and rank; so two pages are equal only where a real model's would be.
 """
 

@@ -1,6 +1,7 @@
 """Contract tests of the vLLM adapter, on vLLM's own scheduler and wrapper without a model.
 
-`rig.Engine` is the engine; `codes` says what its fake model writes into pages that are real tensors,
+`rig.Engine` is the engine; `codes` says what its fake model writes into pages that are real
+tensors,
 and `runner` calls the connector in the order of vLLM's model runners. They need an installed vLLM.
 """
 

@@ -1,4 +1,5 @@
-"""Another connector, to stand beside ours in vLLM's `MultiConnector`: it has every prompt whose first
+"""Another connector, to stand beside ours in vLLM's `MultiConnector`: it has every prompt whose
+first
 token is `THEIRS`, up to `HAS` tokens of it."""
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class OtherConnector(KVConnectorBase_V1):
         self.promised: dict[str, tuple[list[int], int]] = {}
         self.told: list[tuple[str, int]] = []
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
         if request.prompt_token_ids[0] != THEIRS:
             return 0, False
         need = max(0, min(HAS, request.num_tokens - 1) - num_computed_tokens)
@@ -73,6 +76,8 @@ class OtherConnector(KVConnectorBase_V1):
 
     def wait_for_layer_load(self, layer_name: str) -> None: ...
 
-    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None: ...
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None: ...
 
     def wait_for_save(self) -> None: ...

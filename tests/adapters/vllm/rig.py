@@ -1,9 +1,10 @@
-"""An engine without a model: vLLM's own scheduler and wrapper, our connector, and a fake forward pass.
+"""An engine without a model: vLLM's own scheduler and wrapper, our connector, and a fake forward
+pass.
 
-    engine = Engine(base_config, chunk_size=16)
-    engine.add("a", range(40), max_tokens=2)
-    engine.run()
-    assert engine.outputs["a"] == continuation(range(40), 2)
+engine = Engine(base_config, chunk_size=16)
+engine.add("a", range(40), max_tokens=2)
+engine.run()
+assert engine.outputs["a"] == continuation(range(40), 2)
 """
 
 from __future__ import annotations
@@ -316,7 +317,7 @@ class Engine:
         return scheduled
 
     def run(self, most: int = 500) -> int:
-        """Step until every request has ended, and once more, as vLLM does; how many steps it took."""
+        """Step until every request has ended, and once more, as vLLM does; the steps it took."""
         for count in range(most):
             if not self.scheduler.requests:
                 self.drain()
@@ -369,7 +370,7 @@ class Engine:
         assert decider.free_bytes == decider.capacity_bytes
 
     def check_text(self, *names: str, **shown: Any) -> None:
-        """Outputs are what they would be without a cache, and nobody read a wrong page unnoticed."""
+        """Outputs are as without a cache, and nobody read a wrong page unnoticed."""
         for name in names or self.finished:
             request, found = self.requests[name], self.outputs[name]
             assert WRONG_TOKEN not in found, name
@@ -390,9 +391,7 @@ def step_in(metadata: Any) -> Any:
 
 def _spec(mla: bool) -> Any:
     if mla:
-        return MLAAttentionSpec(
-            block_size=PAGE, num_kv_heads=1, head_size=8, dtype=torch.bfloat16
-        )
+        return MLAAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=8, dtype=torch.bfloat16)
     return FullAttentionSpec(
         block_size=PAGE, num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.bfloat16
     )

@@ -1,6 +1,8 @@
-"""The worker's half of a fake vLLM: pages that are real tensors, and a forward pass without a model.
+"""The worker's half of a fake vLLM: pages that are real tensors, and a forward pass without a
+model.
 
-The order in which the connector is called is that of vLLM's own model runners; `loads` says of which
+The order in which the connector is called is that of vLLM's own model runners; `loads` says of
+which
 version. Every word that a forward pass reads is checked.
 """
 

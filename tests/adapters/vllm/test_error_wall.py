@@ -1,4 +1,6 @@
-"""Whatever goes wrong inside the connector, vLLM gets a neutral answer and no page passes for loaded."""
+"""Whatever goes wrong inside the connector, vLLM gets a neutral answer and no page passes for
+loaded.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Thousands of steps of random traffic over too few pages and too little memory, every byte checked."""
+"""Thousands of steps of random traffic over too few pages and too little memory, every byte
+checked.
+"""
 
 from __future__ import annotations
 

@@ -154,7 +154,9 @@ def test_a_schedule_is_not_changed(warm):
     step = warm.impl.build_connector_meta(output)
     assert output.scheduled_new_reqs[0].block_ids == before
     # nor does the step share a list with it
-    assert all(move.pages is not output.scheduled_new_reqs[0].block_ids[0] for move in step.all_loads())
+    assert all(
+        move.pages is not output.scheduled_new_reqs[0].block_ids[0] for move in step.all_loads()
+    )
     execute(warm, step)
     warm.impl.build_connector_meta(idle(warm))
     warm.impl.request_finished(request, [])
@@ -226,9 +228,7 @@ def test_a_store_refused_in_one_piece_is_tried_with_the_next(make_engine):
 
 
 def test_generated_tokens_that_found_no_room_are_stored_when_there_is_some(make_engine):
-    engine = make_engine(
-        slab_bytes=4 * 4096 + 4096, budget=64, options={"save_decode_cache": True}
-    )
+    engine = make_engine(slab_bytes=4 * 4096 + 4096, budget=64, options={"save_decode_cache": True})
     engine.generate("a", range(64))
     holder = engine.request("holder", range(64))
     assert engine.impl.get_num_new_matched_tokens(holder, 0) == 63

@@ -1,4 +1,4 @@
-"""Every KV tensor that vLLM 0.22 to 0.33 registers is read as what it is, and others are refused."""
+"""Each KV tensor that vLLM 0.22 to 0.33 registers is read as what it is; others are refused."""
 
 from __future__ import annotations
 
@@ -141,9 +141,7 @@ def test_whatever_the_order_in_memory(layout_of, version, backend, shape, axis):
 
 
 @pytest.mark.parametrize(("version", "backend", "shape", "axis"), CASES)
-def test_as_many_pages_as_heads_or_halves_confuse_nothing(
-    layout_of, version, backend, shape, axis
-):
+def test_as_many_pages_as_heads_or_halves_confuse_nothing(layout_of, version, backend, shape, axis):
     for pages in (2, 8):
         tensor = torch.zeros(shape(pages, TOKENS, 2, SIZE))
         layout = layout_of({"0": tensor}, backend, version, cache_config(pages))

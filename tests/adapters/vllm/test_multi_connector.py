@@ -1,4 +1,6 @@
-"""Beside another connector, under vLLM's `MultiConnector`: whoever loads, we store and hold nothing."""
+"""Beside another connector, under vLLM's `MultiConnector`: whoever loads, we store and hold
+nothing.
+"""
 
 from __future__ import annotations
 

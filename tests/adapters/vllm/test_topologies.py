@@ -1,4 +1,6 @@
-"""Ranks, processes, several engines, layers one by one: the same bytes arrive whatever carries them."""
+"""Ranks, processes, several engines, layers one by one: the same bytes arrive whatever carries
+them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from lmcache.core.mover import Mover
 
 
 def a_day(engine, prefix=""):
-    """Cold, warm, longer, in pieces, side by side: the ways of a request, with every byte checked."""
+    """Cold, warm, longer, in pieces, side by side: the ways of a request, every byte checked."""
     name = prefix.__add__
     assert engine.generate(name("cold"), range(50), max_tokens=4) == 0
     assert engine.generate(name("warm"), range(50), max_tokens=4) == 48
