@@ -196,6 +196,84 @@ def test_a_long_prompt_is_not_sent_with_every_step(make_engine):
     assert max(sizes[4:]) < 200
 
 
+def test_draft_tokens_are_not_stored_before_they_are_accepted(make_engine):
+    from vllm.v1.core.sched.output import CachedRequestData
+
+    engine = make_engine(options={"save_decode_cache": True})
+    request = engine.request("a", range(46), max_tokens=50)
+    engine.impl.get_num_new_matched_tokens(request, 0)
+    engine.impl.update_state_after_alloc(request, 0)
+    table = list(range(20, 40))
+    execute(engine, engine.impl.build_connector_meta(scheduled(engine, request, 0, 46, table)))
+    request.append_output_token_ids(7)
+
+    def decode(before, count):
+        output = idle(engine)
+        output.scheduled_cached_reqs = CachedRequestData(
+            req_ids=["a"],
+            resumed_req_ids=set(),
+            new_token_ids=[],
+            all_token_ids={},
+            new_block_ids=[None],
+            num_computed_tokens=[before],
+            num_output_tokens=[before - 45],
+        )
+        output.num_scheduled_tokens = {"a": count}
+        step = engine.impl.build_connector_meta(output)
+        execute(engine, step)
+        return [move.slot_pages * 4 for move in step.all_stores()]
+
+    # one token and three drafts: two chunks are full of what may yet be rejected
+    assert decode(46, 4) == []
+    request.append_output_token_ids(8)  # the rest was rejected
+    assert decode(47, 4) == [16]
+    for token in (1, 2, 3, 4):
+        request.append_output_token_ids(token)  # all accepted
+    assert decode(51, 4) == []
+    engine.impl.request_finished(request, table)
+    engine.impl.build_connector_meta(idle(engine))
+    engine.check_idle()
+
+
+def test_a_request_without_sampling_is_a_prompt_like_any_other(make_engine):
+    from vllm import PoolingParams
+
+    engine = make_engine()
+    like = engine.request("a", range(60))
+    for name, found in (("cold", 0), ("warm", 59)):
+        request = type(like)(name, list(range(60)), None, PoolingParams(task="embed"))
+        assert engine.impl.get_num_new_matched_tokens(request, 0) == found
+        engine.impl.update_state_after_alloc(request, found)
+        execute(
+            engine, engine.impl.build_connector_meta(scheduled(engine, request, found, 60 - found))
+        )
+        engine.impl.request_finished(request, [])
+    engine.impl.build_connector_meta(idle(engine))
+    engine.check_idle()
+
+
+def test_a_step_that_fails_half_way_holds_nothing(warm):
+    requests = [
+        warm.request(name, [*range(48), *range(n, n + 32)]) for name, n in (("a", 100), ("b", 200))
+    ]
+    outputs = []
+    for request in requests:
+        assert warm.impl.get_num_new_matched_tokens(request, 0) == 48
+        warm.impl.update_state_after_alloc(request, 48)
+        outputs.append(scheduled(warm, request, 48, 32))
+    both = outputs[0]
+    both.scheduled_new_reqs += outputs[1].scheduled_new_reqs
+    both.num_scheduled_tokens |= outputs[1].num_scheduled_tokens
+    both.scheduled_new_reqs[1].block_ids[0][15] = 0  # no such page
+    step = warm.impl.build_connector_meta(both)
+    assert (step.number, step.loads, step.stores) == (0, [], [])
+    assert sorted(step.lost) == sorted([*range(20, 32), *range(20, 32)])
+    assert len(warm.cache.decider.leases) == 0
+    for request in requests:
+        warm.impl.request_finished(request, [])
+    warm.check_idle()
+
+
 def test_a_store_refused_for_lack_of_room_is_not_tried_with_every_token(make_engine):
     engine = make_engine(slab_bytes=2 * 4096 + 4096)
     engine.generate("a", range(32))

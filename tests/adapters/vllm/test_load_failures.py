@@ -249,6 +249,54 @@ def test_one_rank_that_fails_is_enough(make_engine):
         engine.check_idle()
 
 
+@pytest.mark.parametrize(
+    "rank",
+    [
+        0,
+        pytest.param(
+            1,
+            marks=pytest.mark.xfail(
+                strict=True,
+                raises=AssertionError,
+                reason="only the first rank says that a chunk is stored, and it loaded well",
+            ),
+        ),
+    ],
+)
+def test_one_rank_of_latents_that_fails_is_enough(make_engine, rank):
+    engine = make_engine(ranks=2, mla=True)
+    engine.generate("cold", range(48))
+    make_faulty(engine, rank=rank, load=[None])
+    engine.generate("warm", range(100), max_tokens=3)
+    engine.generate("again", range(100))
+    engine.check_text()
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="vLLM 0.32 keeps what failed to load in its prefix cache if nobody recomputes it",
+)
+def test_pages_that_failed_and_were_given_up_are_nobodys_prefix(make_engine):
+    engine = make_engine(prefix_caching=True)
+    engine.generate("cold", range(48))
+    break_chunks(engine, 1)
+    engine.scheduler.reset_prefix_cache()
+    engine.add("given up", range(60), max_tokens=3)
+    engine.step()
+    engine.abort("given up")
+    engine.generate("next", range(60), max_tokens=3)
+    engine.check_text("next")
+
+
+def test_what_was_loaded_is_told_without_what_failed(make_engine):
+    engine = make_engine(extra={"enable_cache_usage_details_in_response": True})
+    engine.generate("cold", range(48))
+    break_chunks(engine, 1)
+    engine.generate("warm", range(60))
+    assert engine.params["warm"] == {"num_lmcache_cached_tokens": 16}
+
+
 def test_a_page_that_fails_twice_is_computed_twice(engine):
     engine.generate("cold", range(48))
     make_faulty(engine, load=[None, None])

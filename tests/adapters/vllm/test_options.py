@@ -223,6 +223,40 @@ def test_params_that_are_no_mapping_are_no_options(engine, transfer):
     assert engine.impl.errors == 0
 
 
+# --- the configuration
+
+
+def test_a_key_nobody_knows_stops_the_engine(make_engine, rig):
+    from lmcache.core.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="lmcache.chunk_size"):
+        make_engine(options={"chunk_sise": 16})
+
+
+def test_keys_of_others_are_theirs(make_engine):
+    engine = make_engine(extra={"use_layerwise": False, "nixl.something": 1})
+    engine.generate("a", range(40))
+    assert engine.stored == 40
+
+
+def test_chunks_are_whole_pages(make_engine, lines):
+    engine = make_engine(options={"chunk_size": 10, "save_unfull_chunk": False})
+    assert len(lines.about("chunk_size 10 is not whole engine pages of 4 tokens: using 12")) == 1
+    engine.generate("cold", range(40))
+    assert engine.stored == 36
+    assert engine.generate("warm", range(40)) == 36
+    engine.check_text()
+    engine.check_idle()
+
+
+def test_a_chunk_may_be_one_page(make_engine):
+    engine = make_engine(options={"chunk_size": 1})
+    engine.generate("cold", range(40))
+    assert engine.generate("warm", [*range(23), *range(60, 80)]) == 20
+    engine.check_text()
+    engine.check_idle()
+
+
 # --- events
 
 
