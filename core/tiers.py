@@ -196,12 +196,12 @@ class Tiers:
         reason = fetch.reason if fetch.done.is_set() else Reason.TIMED_OUT
         if reason is Reason.TIMED_OUT and not fetch.abandoned:
             self._blame(fetch)
-        fetched = min(fetch.tokens, hit.tokens)
+        fetched, fetch.tokens = min(fetch.tokens, hit.tokens), 0  # counted once
         fetch.abandon(self._decider)
         by_tier = {"l1": hit.tokens - fetched}
         if fetched:
             by_tier[fetch.tier] = fetched
-        if hit.receipt.reason is not Reason.NONE:
+        if hit.receipt.reason not in (Reason.NONE, Reason.TIMED_OUT):
             hit = replace(hit, receipt=replace(hit.receipt, reason=reason))
         self._decider.counters.looked_up(stop, by_tier, hit.receipt.reason)
         return replace(hit, receipt=replace(hit.receipt, by_tier=by_tier))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import TYPE_CHECKING
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy.typing as npt
 
-    from lmcache.core.layout import PageLayout, Region
+    from lmcache.core.layout import PageLayout
 
     Int64s = npt.NDArray[np.int64]
 
@@ -46,51 +46,105 @@ class Runs:
         return int(self.length.sum())
 
 
+class _Pages(NamedTuple):
+    """The pages of all spans, one after the other."""
+
+    ids: Int64s
+    order: Int64s
+    """Which page of its object each is."""
+    payload: Int64s
+    spread: Int64s
+    """What a region's share of one page is multiplied with, to find where its pages begin."""
+
+
+class _Shape:
+    """Regions whose pages are made of equal runs, as columns."""
+
+    def __init__(self, layout: PageLayout, starts: list[int], members: list[int]) -> None:
+        regions = [layout.regions[i] for i in members]
+        self.members = members
+        self.run_bytes = regions[0].run_bytes
+        self._base = _column(region.base for region in regions)
+        self._page_stride = _column(region.page_stride for region in regions)
+        self._runs = np.array([region.run_offsets for region in regions], np.int64)[:, None, :]
+        self._start = _column(starts[i] for i in members)
+        self._step = _column(
+            layout.page_bytes if layout.page_major else region.page_bytes for region in regions
+        )
+
+    def place(self, pages: _Pages, region: int | None = None) -> tuple[Int64s, Int64s, Int64s]:
+        """Engine address, object address and length of every run of `pages`."""
+        rows = slice(None) if region is None else [self.members.index(region)]
+        engine = self._base[rows] + pages.ids * self._page_stride[rows]
+        stored = pages.payload + self._start[rows] * pages.spread + pages.order * self._step[rows]
+        inner = np.arange(self._runs.shape[2], dtype=np.int64) * self.run_bytes
+        placed = (engine[:, :, None] + self._runs[rows]).ravel()
+        return placed, (stored[:, :, None] + inner).ravel(), np.full_like(placed, self.run_bytes)
+
+
 class Planner:
     """Plans copies for one layout. Pure arithmetic: no memory is touched."""
 
     def __init__(self, layout: PageLayout) -> None:
         self._layout = layout
         self._starts = [0, *accumulate(region.page_bytes for region in layout.regions)]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for index, region in enumerate(layout.regions):
+            alike.setdefault((region.run_bytes, len(region.run_offsets)), []).append(index)
+        self._shapes = [_Shape(layout, self._starts, members) for members in alike.values()]
 
     def plan(self, spans: Sequence[Span], region: int | None = None) -> Runs:
         """The fewest runs that copy `spans`, for all regions or one of them."""
-        chosen = range(len(self._layout.regions)) if region is None else (region,)
-        pieces = [self._pieces(span, index) for span in spans for index in chosen]
-        if not any(piece[0].size for piece in pieces):
+        pages = self._pages(spans)
+        if not len(pages.ids):
             none = np.empty(0, dtype=np.int64)
             return Runs(none, none, none)
-        engine = np.concatenate([piece[0] for piece in pieces])
-        stored = np.concatenate([piece[1] for piece in pieces])
-        length = np.concatenate([piece[2] for piece in pieces])
+        pieces = [
+            shape.place(pages, region)
+            for shape in self._shapes
+            if region is None or region in shape.members
+        ]
+        engine, stored, length = (np.concatenate(column) for column in zip(*pieces, strict=True))
         return _merged(engine, stored, length)
 
     def object_offset(self, index: int, page: int, object_pages: int) -> int:
         """Offset of region `index` of page `page` inside an object of `object_pages` pages."""
-        if self._layout.page_major:
-            return page * self._layout.page_bytes + self._starts[index]
-        return self._starts[index] * object_pages + page * self._layout.regions[index].page_bytes
+        spread = 1 if self._layout.page_major else object_pages
+        return self._starts[index] * spread + page * self.object_stride(index)
 
     def object_stride(self, index: int) -> int:
         """Bytes from one page to the next, for region `index` inside an object."""
         layout = self._layout
         return layout.page_bytes if layout.page_major else layout.regions[index].page_bytes
 
-    def _pieces(self, span: Span, index: int) -> tuple[Int64s, Int64s, Int64s]:
-        region: Region = self._layout.regions[index]
-        ids = np.asarray(span.pages, dtype=np.int64)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < region.pages:
-            raise IndexError(f"page ids {ids.min()}..{ids.max()}; the engine has {region.pages}")
-        if not 0 <= span.first <= span.object_pages - len(ids):
+    def _pages(self, spans: Sequence[Span]) -> _Pages:
+        """Raise `IndexError` for pages that the engine or the object does not have."""
+        for span in spans:
+            if not 0 <= span.first <= span.object_pages - len(span.pages):
+                raise IndexError(
+                    f"{len(span.pages)} pages from {span.first} on; "
+                    f"the object has {span.object_pages}"
+                )
+        counts = [len(span.pages) for span in spans]
+        ids = np.fromiter(chain.from_iterable(span.pages for span in spans), np.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._layout.num_pages:
             raise IndexError(
-                f"{len(ids)} pages from {span.first} on; the object has {span.object_pages}"
+                f"page ids {ids.min()}..{ids.max()}; the engine has {self._layout.num_pages}"
             )
-        inner = np.asarray(region.run_offsets, dtype=np.int64)
-        engine = region.base + ids[:, None] * region.page_stride + inner
-        start = span.payload + self.object_offset(index, span.first, span.object_pages)
-        order = np.arange(len(ids), dtype=np.int64) * self.object_stride(index)
-        stored = start + order[:, None] + np.arange(len(inner), dtype=np.int64) * region.run_bytes
-        return engine.ravel(), stored.ravel(), np.full(engine.size, region.run_bytes, np.int64)
+        spread = [1 if self._layout.page_major else span.object_pages for span in spans]
+        order = chain.from_iterable(
+            range(span.first, span.first + count) for span, count in zip(spans, counts, strict=True)
+        )
+        return _Pages(
+            ids,
+            np.fromiter(order, np.int64),
+            np.repeat(np.array([span.payload for span in spans], np.int64), counts),
+            np.repeat(np.array(spread, np.int64), counts),
+        )
+
+
+def _column(values: Iterable[int]) -> Int64s:
+    return np.fromiter(values, np.int64)[:, None]
 
 
 def _merged(engine: Int64s, stored: Int64s, length: Int64s) -> Runs:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import rig
 
+from lmcache.backends.memory import MemoryBackend
 from lmcache.core.attachment import Attachment, Joining, geometry_of
 from lmcache.core.engine import moves_for
 from lmcache.core.errors import BackendError, ConfigError, HandoverError
@@ -18,7 +19,7 @@ from lmcache.core.handover import Door, address_of
 from lmcache.core.mover import Mover
 from lmcache.core.receipts import Reason
 from lmcache.core.slab import MAX_MOVERS, Slab
-from lmcache.core.tiers import Tiers
+from lmcache.core.tiers import Tier, Tiers
 
 CHUNK = rig.CHUNK_TOKENS
 
@@ -605,6 +606,50 @@ class TestJoining:
         rank.close()
         rig.wait_until(lambda joining=joining: joining.current() is None)
         rig.wait_until(lambda: slabs_open() <= before - 1 or slabs_open() == 0)
+
+    def test_the_scheduler_works_on_while_movers_come_and_go(self, workshop, engine, join):
+        """It never waits for the thread that joins, so it may hold what that thread lets go of."""
+
+        def attach():
+            def build(geometry):
+                decider = rig.decider(8)
+                return decider, Tiers(decider, [Tier("t0", MemoryBackend())])
+
+            return Attachment.open(engine, 1, CHUNK, build, 2.0)
+
+        stop, turns, failures = threading.Event(), [], []
+        joining = join(attach=attach)
+
+        def schedule():
+            turn = 0
+            try:
+                while not stop.is_set():
+                    cache = joining.current()
+                    if cache is None:
+                        continue
+                    run, turn = Engine(cache), turn + 1
+                    run.plan_store(rig.tokens(CHUNK, turn % 20), range(4))
+                    cache.tiers.lookup(
+                        f"r{turn}", run.chain(rig.tokens(CHUNK, turn % 20)), cache.geometry, CHUNK
+                    )
+                    cache.flights.settle()
+                    cache.flights.ground()
+                    turns.append(turn)
+            except BaseException as failure:
+                failures.append(failure)
+
+        thread = threading.Thread(target=schedule)
+        thread.start()
+        for _ in range(20):
+            rank = Rank(workshop, engine, 0)
+            rig.wait_until(joining.current)
+            time.sleep(0.01)
+            rank.close()
+            rig.wait_until(lambda: joining.current() is None)
+        stop.set()
+        thread.join()
+        assert failures == []
+        assert len(turns) > 20
 
     def test_a_hundred_losses_leave_nothing(self, workshop, engine, join):
         joining = None

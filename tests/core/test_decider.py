@@ -391,6 +391,27 @@ class TestReasons:
         made.release(hit.lease)
         assert store(made, rig.tokens(CHUNK, seed=1)) is Reason.NONE
 
+    def test_timed_out(self, workshop):
+        """The scheduler does not wait for a lock that another thread holds for long."""
+        made = workshop.decider(4, patience_s=0.02)
+        store(made, rig.tokens(CHUNK))
+        held, done = threading.Event(), threading.Event()
+
+        def hold():
+            with made.lock:
+                held.set()
+                done.wait(10)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        hit = lookup(made, rig.tokens(CHUNK))
+        done.set()
+        thread.join()
+        assert (hit.tokens, hit.lease, hit.receipt.reason) == (0, None, Reason.TIMED_OUT)
+        assert len(made.leases) == 0
+        assert lookup(made, rig.tokens(CHUNK)).tokens == CHUNK
+
 
 class TestRoom:
     def test_what_cannot_fit_evicts_nothing(self, workshop):

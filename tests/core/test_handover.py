@@ -6,6 +6,8 @@ import array
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -278,6 +280,21 @@ class TestTwoProcesses:
         for each in slabs:
             each.close()
 
+    @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+    def test_another_user_is_turned_away(self, house, slab, visit):
+        program = (
+            "import os, socket, sys; os.setuid(65534); sock = socket.socket(socket.AF_UNIX);"
+            "sock.connect(bytes.fromhex(sys.argv[1])); print(sock.recv(100))"
+        )
+        answer = subprocess.run(
+            [sys.executable, "-c", program, house.address.encode().hex()],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert answer.stdout == "b''\n", answer.stderr
+        visit(house.address).grant(grant_for(slab), slab.fd)
+
     def test_a_mover_that_comes_back_has_the_same_address(self, workshop, mover, engine, visit):
         visit(address_of(engine, 0))
         mover.kill()
@@ -426,6 +443,10 @@ class TestGarbageFromAMover:
             noise = frame(Grant(slab_bytes=1, **GRANT))
         with pytest.raises(HandoverError, match="no valid Hello from the other process"):
             Visit(fake(noise).address, 1.0)
+
+    def test_a_valid_message_may_be_too_long(self, fake):
+        with pytest.raises(HandoverError, match=f"bytes is over {MAX_MESSAGE}"):
+            Visit(fake(frame(rig.hello(fingerprint="f" * MAX_MESSAGE))).address, 1.0)
 
     def test_another_protocol_is_refused_by_number(self, fake):
         with pytest.raises(HandoverError, match=f"protocol {PROTOCOL + 1}, we speak {PROTOCOL}"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+import time
 import urllib.request
+from collections import Counter
 
 import pytest
 import rig
@@ -69,38 +71,52 @@ class TestCounters:
         counters.copy()["evictions", ""] = 5
         assert counters["evictions"] == 0
 
-    def test_threads_lose_no_count_and_readers_do_not_stumble(self):
-        """Tier threads count while the scheduler counts and Prometheus reads."""
+    def test_threads_lose_no_count(self):
+        """Tier threads count while the scheduler does."""
+
+        class Hesitant(Counter):
+            def __getitem__(self, name):
+                value = super().__getitem__(name)
+                time.sleep(0)  # another thread's turn
+                return value
+
+        counters = Counters()
+        counters.values = Hesitant()
+
+        def count():
+            for _ in range(500):
+                counters.add("tier_errors", label="t0")
+
+        threads = [threading.Thread(target=count) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert counters["tier_errors"] == 2000
+
+    def test_they_can_be_read_while_new_ones_appear(self):
         counters, failures, stop = Counters(), [], threading.Event()
         interval = sys.getswitchinterval()
-
-        def count(thread):
-            for turn in range(5000):
-                counters.add("tier_errors", label=f"t{turn % 50}")
-                counters.add("damaged", label=f"{thread}.{turn}")
 
         def read():
             try:
                 while not stop.is_set():
-                    assert counters["tier_errors"] <= 20_000
-                    counters.copy()
+                    assert counters["damaged"] <= 5000
             except BaseException as failure:
                 failures.append(failure)
 
         sys.setswitchinterval(1e-6)
         try:
             reader = threading.Thread(target=read)
-            writers = [threading.Thread(target=count, args=(number,)) for number in range(4)]
-            for thread in (reader, *writers):
-                thread.start()
-            for writer in writers:
-                writer.join()
+            reader.start()
+            for turn in range(5000):
+                counters.add("damaged", label=str(turn))
             stop.set()
             reader.join()
         finally:
             sys.setswitchinterval(interval)
         assert not failures
-        assert (counters["tier_errors"], counters["damaged"]) == (20_000, 20_000)
+        assert counters["damaged"] == 5000
 
 
 class TestCollector:

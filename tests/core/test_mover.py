@@ -384,6 +384,23 @@ class TestWarming:
         assert resident(slab) < 110_000
         slab.close()
 
+    def test_nothing_beyond_the_slab_is_touched(self):
+        class Watched(Slab):
+            touched = 0
+
+            def populate(self, offset, length):
+                self.touched = max(self.touched, offset + length)
+                super().populate(offset, length)
+
+        slab = Watched.create((2 << 20) + 4096)
+        warmer = Warmer(slab)
+        warmer.used(slab.size)
+        rig.wait_until(lambda: slab.touched >= slab.size)
+        warmer.used(slab.size)
+        warmer.close()
+        assert slab.touched == slab.size
+        slab.close()
+
     def test_nothing_is_overwritten(self):
         slab = Slab.create(1 << 20)
         slab.view[:] = b"\7" * slab.size

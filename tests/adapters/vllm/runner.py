@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,8 +34,10 @@ class Sequence:
     prompt: int
     pages: list[int]
     codes: Codes
-    poisoned: set[int] = field(default_factory=set)
-    """Ranks whose hidden states went wrong in this step."""
+    read_wrong: bool = False
+    """Some rank attended to a wrong page in this layer."""
+    poisoned: bool = False
+    """So the input of every later layer is wrong, on all ranks."""
 
 
 def wrapper_in(connector: Any) -> Any:
@@ -139,8 +142,11 @@ class Runner:
         after = {name: before[name] + count for name, count in counts.items()}
         self.wrong.append({})
         output = KVConnectorOutput()
-        for rank in self.ranks:
-            self._run_rank(rank, scheduled, before, after, output)
+        running = [self._run(rank, scheduled, before, after, output) for rank in self.ranks]
+        for _ in zip_longest(*running):  # layer by layer, as ranks wait for each other's sums
+            for name in counts:
+                sequence = self.sequences[name]
+                sequence.poisoned |= sequence.read_wrong
         self.invalid.append(output.invalid_block_ids)
         sampled = [self._sample(name, after[name]) for name in counts]
         return ModelRunnerOutput(
@@ -152,19 +158,20 @@ class Runner:
 
     def _sample(self, name: str, after: int) -> list[int]:
         sequence = self.sequences[name]
+        poisoned = sequence.poisoned
+        sequence.poisoned = sequence.read_wrong = False
         if after < len(sequence.tokens):
-            sequence.poisoned.clear()
             return []
         token = sample(int(sequence.codes.upto(sequence.tokens)[after - 1]))
-        if sequence.poisoned:
+        if poisoned:
             token = WRONG_TOKEN
-            sequence.poisoned.clear()
         sequence.tokens.append(token)
         return [token]
 
-    def _run_rank(
+    def _run(
         self, rank: Rank, scheduled: Any, before: dict, after: dict, output: KVConnectorOutput
-    ) -> None:
+    ) -> Iterator[int]:
+        """One rank's step; yields after each layer."""
         connector, meta = rank.connector, scheduled.kv_connector_metadata
         meta = pickle.loads(pickle.dumps(meta)) if self.pickled else meta
         idle = not after
@@ -181,6 +188,7 @@ class Runner:
             self._attend(rank, layer, before, after)
             if has_metadata:
                 connector.save_kv_layer(name, rank.kv_caches[name], ())
+            yield layer
         if not loads_now:
             connector.start_load_kv(context)
         if not self.drafter and not (idle and self.loads == "early"):
@@ -202,7 +210,7 @@ class Runner:
             codes = sequence.codes.upto(sequence.tokens)[start:stop]
             assert len(codes) == stop - start, f"{name} computes tokens nobody knows"
             new = words(codes, layer, rank.code_rank, heads, per_head).astype(np.int64)
-            if rank.number in sequence.poisoned:
+            if sequence.poisoned:
                 new = ~new
             positions = np.arange(start, stop)
             pages = np.array(sequence.pages)[positions // size]
@@ -222,5 +230,4 @@ class Runner:
             if not same.all():
                 bad = {pages[position // size] for position in np.flatnonzero(~same)}
                 self.wrong[-1].setdefault(name, set()).update(bad)
-                # what a wrong rank computes reaches all ranks with the next layer's input
-                sequence.poisoned.update(range(len(self.ranks)))
+                sequence.read_wrong = True

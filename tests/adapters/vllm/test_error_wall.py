@@ -136,6 +136,17 @@ def test_a_scheduling_side_that_raises(engine, hook, times):
         engine.check_idle()
 
 
+def test_an_id_whose_end_was_not_heard_of_is_not_taken_for_its_last_request(engine):
+    engine.impl._scheduler = Broken(engine.side, ["finished"])
+    engine.generate("a", range(48), max_tokens=3)
+    engine.impl._scheduler = engine.impl._scheduler._whole
+    assert engine.side._tracked
+    assert engine.generate("a", range(200, 260), max_tokens=3) == 0
+    assert engine.generate("b", range(200, 260), max_tokens=3) == 59
+    engine.check_text()
+    engine.check_idle()
+
+
 def test_after_three_errors_the_scheduling_side_stays_out_of_the_way(engine, lines):
     engine.generate("cold", range(48))
     engine.impl._scheduler = Broken(engine.side, ["matched_tokens"])

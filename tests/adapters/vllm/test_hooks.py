@@ -114,6 +114,27 @@ def test_a_question_without_an_allocation_leaves_nothing(warm):
     warm.check_idle()
 
 
+def test_a_lease_that_expires_before_the_allocation_is_a_lost_load(warm):
+    request = warm.request("a", range(60))
+    assert warm.impl.get_num_new_matched_tokens(request, 0) == 48
+    decider = warm.cache.decider
+    real = decider._clock
+    decider._clock = lambda: real() + 1000.0
+    with decider.lock:
+        decider._expire()
+    decider.clear()
+    warm.impl.update_state_after_alloc(request, 48)
+    step = warm.impl.build_connector_meta(scheduled(warm, request, 48, 12))
+    assert step.loads == []
+    assert step.lost == list(range(20, 32))
+    assert execute(warm, step) == set(range(20, 32))
+    warm.impl.build_connector_meta(idle(warm))
+    # what was computed from pages without content was not stored
+    assert len(decider) == 0
+    warm.impl.request_finished(request, [])
+    warm.check_idle()
+
+
 def test_an_abort_between_allocation_and_step(warm):
     request = warm.request("a", range(60))
     warm.impl.get_num_new_matched_tokens(request, 0)

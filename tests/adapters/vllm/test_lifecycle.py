@@ -60,6 +60,20 @@ def test_a_longer_prompt_loads_what_it_shares(engine):
     engine.check_idle()
 
 
+def test_the_log_tells_what_was_copied(engine, lines):
+    engine.generate("short", range(40))
+    engine.generate("long", range(100))
+    assert [line[:35] for line in lines.about("Stored")] == [
+        "Stored 40 out of total 40 tokens. s",
+        "Stored 68 out of total 68 tokens. s",
+    ]
+    assert len(lines.about("Retrieved 40 out of 40 required tokens (from 100 total")) == 1
+    assert lines.about("Reqid") == [
+        "Reqid: short, Total tokens 40, LMCache hit tokens: 0, need to load: 0",
+        "Reqid: long, Total tokens 100, LMCache hit tokens: 40, need to load: 40",
+    ]
+
+
 def test_another_prompt_shares_only_the_beginning(engine):
     engine.generate("one", [*range(40), 1, 2, 3, 4, *range(40)])
     assert engine.generate("two", [*range(40), 5, 6, 7, 8, *range(40)]) == 32
