@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmcache.core.slab import MOVER_BYTES
+from lmcache.core.slab import MOVER_BYTES, WORD
 
 if TYPE_CHECKING:
     from lmcache.core.decider import Decider
@@ -81,21 +81,25 @@ class Flights:
 
     def _end(self, flight: Flight) -> None:
         """Commit its stores, then end its leases, then look at what it loaded."""
+        spoiled = any(
+            self._decider.slab.read_word(mover * MOVER_BYTES + WORD.size) >= flight.number
+            for mover in self._movers
+        )
         with ExitStack() as last_first:  # an error in one of them must not leak the others
             for slot in flight.loaded:
                 last_first.callback(self._check, slot)
             for lease in flight.loads:
                 last_first.callback(self._decider.release, lease)
             for slot in reversed(flight.stores):
-                last_first.callback(self._finish, slot)
+                last_first.callback(self._finish, slot, spoiled)
 
     def _check(self, slot: Slot) -> None:
         if not self._is_complete(slot):
             self._decider.counters.add("load_failures")
             self._decider.discard(slot.key, slot.generation)
 
-    def _finish(self, slot: Slot) -> None:
-        if self._is_complete(slot):
+    def _finish(self, slot: Slot, spoiled: bool) -> None:  # noqa: FBT001  a callback's argument
+        if not spoiled and self._is_complete(slot):
             self._decider.counters.add("stored_tokens", slot.pages * self._geometry.page_tokens)
             self._decider.counters.add("stored_bytes", slot.pages * self._geometry.page_bytes)
             self._decider.commit(slot, self._geometry)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lmcache.core.kernels.host import HostPages
 from lmcache.core.kernels.plan import Planner, Span
-from lmcache.core.slab import CONTROL_BYTES, MOVER_BYTES
+from lmcache.core.slab import CONTROL_BYTES, MOVER_BYTES, WORD
 from lmcache.core.warming import Warmer
 
 if TYPE_CHECKING:
@@ -115,6 +115,13 @@ class Mover:
     def finish(self, step: int) -> None:
         """Tell the decider that every copy of `step` has ended, one way or the other."""
         self._slab.write_word(self._number * MOVER_BYTES, step)
+
+    def spoil(self, step: int) -> None:
+        """What any mover stored in `step` may have been computed from pages without content.
+
+        To be said before `finish`; nothing stored up to that step and not yet settled is kept.
+        """
+        self._slab.write_word(self._number * MOVER_BYTES + WORD.size, step)
 
     def close(self) -> None:
         """End the threads and unmap the slab."""

@@ -165,6 +165,8 @@ class WorkerSide:
                     self._store(copy)
         finally:
             if self._mover is not None and self._step.number:
+                if self._tainted:
+                    self._mover.spoil(self._step.number)
                 self._mover.finish(self._step.number)
             self._step = Step()
             self._tainted = max(0, self._tainted - 1)

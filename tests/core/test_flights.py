@@ -246,3 +246,52 @@ def test_what_is_not_kept_is_gone_once_loaded(workshop):
     assert hit.slots[0] not in scene
     assert scene.counters["load_failures"] == 0
     assert scene.decider.free_bytes == scene.decider.capacity_bytes
+
+
+class TestSpoiling:
+    """A load failed, the engine computed on with what was in its pages, and stored the result."""
+
+    def spoil(self, scene, number, mover=0):
+        scene.decider.slab.write_word(mover * MOVER_BYTES + 8, number)
+
+    def test_nothing_of_a_spoiled_step_is_kept(self, scene):
+        slots = scene.reserve(2)
+        number = scene.flights.depart(slots, [], [])
+        for slot in slots:
+            scene.publish(slot)
+        self.spoil(scene, number)
+        scene.finish(number)
+        assert [slot in scene for slot in slots] == [False, False]
+        assert scene.counters["store_failures"] == 2
+        assert scene.counters["stored_tokens"] == 0
+        rig.assert_idle(scene.decider)
+
+    @pytest.mark.parametrize("mover", [0, 1])
+    def test_one_mover_spoils_it_for_all(self, workshop, mover):
+        scene = Scene(workshop, movers=2, slices=2)
+        [slot] = scene.reserve()
+        number = scene.flights.depart([slot], [], [])
+        scene.publish(slot)
+        self.spoil(scene, number, mover)
+        for each in range(2):
+            scene.finish(number, each)
+        assert slot not in scene
+
+    def test_the_step_after_it_is_kept(self, scene):
+        slots = [scene.reserve(seed=seed)[0] for seed in range(2)]
+        numbers = [scene.flights.depart([slot], [], []) for slot in slots]
+        for slot in slots:
+            scene.publish(slot)
+        self.spoil(scene, numbers[0])
+        scene.finish(numbers[1])
+        assert [slot in scene for slot in slots] == [False, True]
+
+    def test_what_it_loaded_is_let_go(self, scene):
+        hit = scene.stored()
+        [slot] = scene.reserve(seed=1)
+        number = scene.flights.depart([slot], [hit.lease], hit.slots)
+        scene.publish(slot)
+        self.spoil(scene, number)
+        scene.finish(number)
+        assert hit.slots[0] in scene
+        assert len(scene.decider.leases) == 0

@@ -257,6 +257,15 @@ def test_a_mover_answers_in_its_own_word(workshop, number):
     assert scene.slab.read_word(number * MOVER_BYTES) == 2**40 + 5
 
 
+def test_a_mover_spoils_in_a_word_of_its_own(workshop):
+    scene = Scene(workshop, number=3)
+    before = np.frombuffer(bytes(scene.slab.view), np.uint64)
+    scene.mover.spoil(9)
+    after = np.frombuffer(bytes(scene.slab.view), np.uint64)
+    assert np.flatnonzero(before != after).tolist() == [3 * MOVER_BYTES // 8 + 1]
+    assert scene.slab.read_word(3 * MOVER_BYTES + 8) == 9
+
+
 def test_closing_ends_the_threads_and_lets_go_of_the_slab():
     slab = Slab.create(CONTROL_BYTES + rig.SLOT)
     fd = slab.fd

@@ -250,14 +250,7 @@ def test_one_rank_that_fails_is_enough(make_engine):
     "rank",
     [
         0,
-        pytest.param(
-            1,
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason="only the first rank says that a chunk is stored, and it loaded well",
-            ),
-        ),
+        1,
     ],
 )
 def test_one_rank_of_latents_that_fails_is_enough(make_engine, rank):
