@@ -93,7 +93,7 @@ class Config(BaseModel):
     )
     lookup_timeout_ms: Positive = Field(
         default=20,
-        description="Milliseconds after which a lookup is a miss; the scheduler waits no longer.",
+        description="Milliseconds that a lookup waits for the index; past them it is a miss.",
     )
     fetch_timeout_ms: Natural = Field(
         default=5000,

@@ -24,7 +24,6 @@ _HELP = {
     "hit_tokens": "Tokens found, by tier",
     "stored_tokens": "Tokens whose chunks were committed",
     "stored_bytes": "Bytes copied out of the engine",
-    "loaded_bytes": "Bytes copied into the engine",
     "load_failures": "Chunks whose copy into the engine failed",
     "store_failures": "Chunks whose copy out of the engine failed",
     "evictions": "Chunks evicted from the slab",
