@@ -6,6 +6,7 @@ compared alternates, so that a machine whose speed drifts slows both sides of ev
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import random
@@ -15,10 +16,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from multiprocessing.connection import Connection
 
 PROMPT_TOKENS = 2_200
-ROUNDS = 8
+PAIRS = 4
+"""Two processes with the same engine can differ by more than what is measured here."""
+MISSES = 8
+HITS = 3
+WARM_UP = 6
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "LMCACHE_LOG_LEVEL": "WARNING",
+    "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.25",  # soon full: from then on every store evicts
+    # else glibc decides by each process's history which tensors cost page faults
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,8 @@ class Answer:
     """One request, answered."""
 
     seconds: float
+    hooks: float
+    """Seconds of them spent in the connector."""
     tokens: list[int]
     cached: int
 
@@ -33,11 +53,10 @@ class Answer:
 class Engine:
     """vLLM's offline engine in a child process."""
 
-    def __init__(self, model: str, *, lmcache: bool, env: dict[str, str]) -> None:
+    def __init__(self, model: str, *, lmcache: bool) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        options = {"model": model, "lmcache": lmcache, "env": env}
-        self._process = context.Process(target=_serve, args=(theirs, options), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, model, lmcache), daemon=True)
         self._process.start()
         self._pipe.recv()
 
@@ -59,18 +78,41 @@ class Engine:
         self._process.kill()
 
 
-def _serve(pipe: Connection, options: dict[str, Any]) -> None:
-    os.environ.update(options["env"])
+def _time_hooks() -> list[float]:
+    """Have every hook of the connector add its seconds to the list's only element."""
+    from lmcache.integration.vllm.vllm_v1_adapter import LMCacheConnectorV1Impl as Connector
+
+    spent = [0.0]
+
+    def timed(hook: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(hook)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return hook(*args, **kwargs)
+            finally:
+                spent[0] += time.perf_counter() - begun
+
+        return call
+
+    for name, member in list(vars(Connector).items()):
+        if callable(member) and not name.startswith("_"):
+            setattr(Connector, name, timed(member))
+    return spent
+
+
+def _serve(pipe: Connection, model: str, lmcache: bool) -> None:
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
 
+    hooks = _time_hooks() if lmcache else [0.0]
     transfer = KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role="kv_both")
     llm = LLM(
-        model=options["model"],
+        model=model,
         max_model_len=4096,
         enforce_eager=True,
         enable_prefix_caching=True,
-        kv_transfer_config=transfer if options["lmcache"] else None,
+        kv_transfer_config=transfer if lmcache else None,
     )
     pipe.send("ready")
     while call := pipe.recv():
@@ -79,77 +121,85 @@ def _serve(pipe: Connection, options: dict[str, Any]) -> None:
             pipe.send(None)
             continue
         params = SamplingParams(temperature=0, max_tokens=call[2], ignore_eos=True)
+        hooks[0] = 0.0
         begun = time.perf_counter()
         [output] = llm.generate({"prompt_token_ids": call[1]}, params, use_tqdm=False)
         spent = time.perf_counter() - begun
-        pipe.send(Answer(spent, list(output.outputs[0].token_ids), output.num_cached_tokens))
+        tokens = list(output.outputs[0].token_ids)
+        pipe.send(Answer(spent, hooks[0], tokens, output.num_cached_tokens))
 
 
-def _prompts(seed: int) -> list[list[int]]:
+def _prompts(seed: int, count: int) -> list[list[int]]:
     rng = random.Random(seed)
-    return [[rng.randrange(1_000, 40_000) for _ in range(PROMPT_TOKENS)] for _ in range(ROUNDS)]
+    return [[rng.randrange(1_000, 40_000) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
 def run(model: str) -> dict[str, Any]:
     """All figures; takes some minutes on a small machine."""
-    env = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "LMCACHE_LOG_LEVEL": "WARNING",
-        "LMCACHE_MAX_LOCAL_CPU_SIZE": "2",
-    }
-    cached = Engine(model, lmcache=True, env=env)
-    plain = Engine(model, lmcache=False, env=env)
-    try:
-        for engine in (cached, plain):
-            for prompt in _prompts(0)[:2]:
-                engine.ask(prompt)
-        return {"misses": _misses(cached, plain), "hits": _hits(cached, plain)}
-    finally:
-        cached.close()
-        plain.close()
-
-
-def _misses(cached: Engine, plain: Engine) -> dict[str, float]:
-    """Requests that share nothing, prefill and some decoding, with and without the connector."""
-    ratios, seconds = [], []
-    for number, prompt in enumerate(_prompts(1)):
-        order = (cached, plain) if number % 2 else (plain, cached)
-        spent = {engine: engine.ask(prompt, max_tokens=16).seconds for engine in order}
-        ratios.append(spent[cached] / spent[plain])
-        seconds.append(spent[plain])
+    os.environ.update(ENVIRONMENT)
+    both = [_pair(model, number) for number in range(PAIRS)]
+    misses = [miss for misses, _ in both for miss in misses]
+    hits = [hit for _, hits in both for hit in hits]
+    cold, ours, own = (statistics.median(times) * 1e3 for times in zip(*hits, strict=True))
     return {
-        "plain_ms": statistics.median(seconds) * 1e3,
-        "overhead_percent": (statistics.median(ratios) - 1) * 100,
-        "overhead_percent_lowest": (min(ratios) - 1) * 100,
-        "overhead_percent_highest": (max(ratios) - 1) * 100,
+        "misses": {
+            "hooks_percent": statistics.median(share for _, share in misses) * 100,
+            "overhead_percent": _percent(misses),
+            "by_pair_of_engines": {str(i): _percent(misses) for i, (misses, _) in enumerate(both)},
+        },
+        "hits": {
+            "prompt_tokens": PROMPT_TOKENS,
+            "cold_ms": cold,
+            "warm_ms": ours,
+            "prefix_hit_ms": own,
+            "warm_over_prefix_hit": statistics.median(w / h for _, w, h in hits),
+            "cold_over_warm": cold / ours,
+        },
     }
 
 
-def _hits(cached: Engine, plain: Engine) -> dict[str, float]:
-    """The same prompt from our slab and from vLLM's own prefix cache."""
-    ratios, ours, own, cold = [], [], [], []
-    for prompt in _prompts(2):
-        cold.append(plain.ask(prompt).seconds)
+def _percent(misses: list[tuple[float, float]]) -> float:
+    return (statistics.median(ratio for ratio, _ in misses) - 1) * 100
+
+
+def _pair(
+    model: str, number: int
+) -> tuple[list[tuple[float, float]], list[tuple[float, float, float]]]:
+    """What `_misses` and `_hits` say of two fresh engines, started in alternate order."""
+    engines = {}
+    try:
+        for lmcache in (True, False) if number % 2 else (False, True):
+            engines[lmcache] = Engine(model, lmcache=lmcache)
+            for prompt in _prompts(0, WARM_UP):
+                engines[lmcache].ask(prompt)
+        cached, plain = engines[True], engines[False]
+        return _misses(cached, plain, number), _hits(cached, plain, number)
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
+def _misses(cached: Engine, plain: Engine, seed: int) -> list[tuple[float, float]]:
+    """Requests that share nothing: seconds with us over without, and our hooks' share of them."""
+    ratios = []
+    for number, prompt in enumerate(_prompts(10 + seed, MISSES)):
+        order = (cached, plain) if number % 2 else (plain, cached)
+        answers = {engine: engine.ask(prompt, max_tokens=16) for engine in order}
+        ours, theirs = answers[cached], answers[plain]
+        ratios.append((ours.seconds / theirs.seconds, ours.hooks / ours.seconds))
+    return ratios
+
+
+def _hits(cached: Engine, plain: Engine, seed: int) -> list[tuple[float, float, float]]:
+    """Seconds of a prompt computed, from our slab, and from vLLM's own prefix cache."""
+    times = []
+    for prompt in _prompts(20 + seed, HITS):
+        cold = plain.ask(prompt).seconds
         cached.ask(prompt)
-        pairs = []
         for _ in range(3):
             cached.reset()
             warm, hit = cached.ask(prompt), plain.ask(prompt)
             assert warm.cached == hit.cached > 0, "both must have the same tokens"
             assert warm.tokens == hit.tokens, "a hit must not change the answer"
-            pairs.append((warm.seconds, hit.seconds))
-        ours += [warm for warm, _ in pairs]
-        own += [hit for _, hit in pairs]
-        ratios += [warm / hit for warm, hit in pairs]
-    return {
-        "prompt_tokens": PROMPT_TOKENS,
-        "cold_ms": statistics.median(cold) * 1e3,
-        "warm_ms": statistics.median(ours) * 1e3,
-        "prefix_hit_ms": statistics.median(own) * 1e3,
-        "warm_over_prefix_hit": statistics.median(ratios),
-        "cold_over_warm": statistics.median(cold) / statistics.median(ours),
-    }
+            times.append((cold, warm.seconds, hit.seconds))
+    return times
