@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class Attachment:
     geometry: Geometry
     flights: Flights
     visits: list[Visit]
+    number: int
+    """Tells it from every other attachment of the engine."""
     on_close: list[Callable[[], None]] = field(default_factory=list)
     """Called in turn when the attachment ends, while its tiers are still open."""
 
@@ -86,10 +89,12 @@ class Attachment:
                 raise HandoverError(f"movers say they are {[hello.number for hello in hellos]}")
             geometry = geometry_of(hellos, chunk_size)
             built = decider, tiers = build(geometry)
+            number = secrets.randbits(62) + 1
             writers = {hello.slice_index: hello.number for hello in reversed(hellos)}
             for visit in visits:
                 visit.grant(
                     Grant(
+                        attachment=number,
                         slab_bytes=decider.slab.size,
                         pages_per_chunk=geometry.pages_per_chunk,
                         slices=geometry.slices,
@@ -105,7 +110,7 @@ class Attachment:
                 built[1].close()
                 built[0].slab.close()
             raise
-        return cls(decider, tiers, geometry, Flights(decider, geometry, movers), visits)
+        return cls(decider, tiers, geometry, Flights(decider, geometry, movers), visits, number)
 
     def is_whole(self) -> bool:
         """Whether every mover is alive. Never blocks."""

@@ -53,6 +53,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 class Grant(msgspec.Struct, frozen=True, kw_only=True):
     """The decider's answer, with the slab's file descriptor beside it."""
 
+    attachment: int
+    """What a step must name to be meant for this slab and no earlier or later one."""
     slab_bytes: int
     pages_per_chunk: int
     slices: tuple[int, ...]

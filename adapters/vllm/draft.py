@@ -54,7 +54,7 @@ class Draft:
 
     def __init__(self, cache: Attachment, *, events: bool) -> None:
         self.cache = cache
-        self.step = Step()
+        self.step = Step(attachment=cache.number)
         self._events = events
         self._leases: list[Lease] = []
         self._loaded: list[Slot] = []

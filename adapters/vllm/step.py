@@ -47,6 +47,8 @@ class Copy:
 class Step(KVConnectorMetadata):
     """Loads come before the forward pass of the step, stores after it."""
 
+    attachment: int = 0
+    """Whose slots these are; a mover of any other attachment has nothing to do with them."""
     number: int = 0
     """Answer with this when all is done; 0 if nothing is to be done."""
     loads: list[Copy] = field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import vllm
 
@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 
+class Granted(NamedTuple):
+    """What one attachment gave us."""
+
+    attachment: int
+    mover: Mover
+
+
 class WorkerSide:
     """Copies pages as each step says, and reports the pages it could not fill."""
 
@@ -47,9 +54,12 @@ class WorkerSide:
         self._tensors: list[torch.Tensor] = []
         self._regions: dict[str, int] = {}
         self._door: Door | None = None
-        self._mover: Mover | None = None
+        self._granted: Granted | None = None
+        """By the latest attachment, on the door's thread."""
         self._retired: list[Mover] = []
         """Movers of attachments that ended, perhaps still copying when the next one began."""
+        self._mover: Mover | None = None
+        """For the step at hand; None if the slab it was planned for is not mapped."""
         self._step = Step()
         self._loaded: set[int] = set()
         self._stored: set[int] = set()
@@ -112,9 +122,9 @@ class WorkerSide:
             writes=grant.writes,
             tensors=self._tensors,
         )
-        if self._mover is not None:
-            self._retired.append(self._mover)
-        self._mover = mover
+        earlier, self._granted = self._granted, Granted(grant.attachment, mover)
+        if earlier is not None:
+            self._retired.append(earlier.mover)
 
     # ---- one step of vLLM
 
@@ -123,6 +133,9 @@ class WorkerSide:
         while self._retired:
             self._retired.pop().close()
         self._step = step
+        self._mover, granted = None, self._granted
+        if granted and granted.attachment == step.attachment:
+            self._mover = granted.mover
         self._loaded.clear()
         self._stored.clear()
         self._lose(step.lost)
@@ -168,7 +181,7 @@ class WorkerSide:
                 if self._tainted:
                     self._mover.spoil(self._step.number)
                 self._mover.finish(self._step.number)
-            self._step = Step()
+            self._step, self._mover = Step(), None
             self._tainted = max(0, self._tainted - 1)
 
     def give_up(self, step: Step) -> None:
@@ -180,9 +193,10 @@ class WorkerSide:
         """Stop listening, and unmap the slab."""
         if self._door:
             self._door.close()
-        if self._mover:
-            self._retired.append(self._mover)
-            self._mover = None
+        self._mover = None
+        if self._granted:
+            self._retired.append(self._granted.mover)
+            self._granted = None
         while self._retired:
             self._retired.pop().close()
 

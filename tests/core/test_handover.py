@@ -30,6 +30,7 @@ from lmcache.core.slab import Slab
 
 NOTICE_S = 2.0
 GRANT = {
+    "attachment": 7,
     "pages_per_chunk": rig.PAGES_PER_CHUNK,
     "slices": (rig.PAGE_BYTES,),
     "layout": bytes(32),

@@ -69,6 +69,15 @@ class Rank:
     def side(self) -> Any:
         return self.impl._worker
 
+    @property
+    def mover(self) -> Any:
+        """What the latest attachment granted."""
+        return self.side._granted.mover
+
+    @mover.setter
+    def mover(self, mover: Any) -> None:
+        self.side._granted = self.side._granted._replace(mover=mover)
+
     def content(self, layer: int, pages: Iterable[int]) -> np.ndarray:
         """What these pages hold: (tokens, heads, words)."""
         found = self.layers[layer][list(pages)]  # (pages, heads, tokens, words)

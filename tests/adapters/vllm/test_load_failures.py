@@ -42,8 +42,7 @@ class Faulty:
 
 
 def make_faulty(engine, rank=0, **faults):
-    side = engine.ranks[rank].side
-    side._mover = Faulty(side._mover, **faults)
+    engine.ranks[rank].mover = Faulty(engine.ranks[rank].mover, **faults)
 
 
 @pytest.mark.parametrize("broken", [[0], [1], [2], [0, 2], [0, 1, 2]])

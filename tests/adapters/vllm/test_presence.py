@@ -217,6 +217,31 @@ def test_a_worker_that_comes_back_brings_a_new_cache(make_engine, start_worker):
     engine.check_idle()
 
 
+def test_a_step_planned_for_an_earlier_attachment_touches_nothing(engine):
+    engine.generate("cold", range(60))
+    engine.add("warm", range(80), max_tokens=3)
+    engine.add("other", range(100, 160), max_tokens=3)
+    planned = engine.schedule()
+    step = planned.kv_connector_metadata
+    assert step.loads and step.stores
+    earlier = engine.cache
+    earlier.visits[0].close()  # the joining thread takes it for dead, and attaches anew
+    deadline = time.monotonic() + 10
+    while engine.cache in (None, earlier):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    slab = engine.cache.decider.slab.view
+    assert not any(slab)
+    engine.complete(planned)
+    assert not any(slab)
+    assert engine.runner.invalid[-1] == {page for move in step.all_loads() for page in move.pages}
+    engine.run()
+    assert engine.generate("cold again", range(60)) == 0
+    assert engine.generate("warm again", range(60)) == 59
+    engine.check_text()
+    engine.check_idle()
+
+
 def test_workers_that_cannot_share_are_refused(make_engine, start_worker, lines):
     engine = make_engine(ranks=2, only_rank=0)
     start_worker(engine)  # says that it holds the first rank's slice

@@ -82,7 +82,7 @@ def test_two_ranks_with_the_same_latents(make_engine, asynchronous):
     engine = make_engine(ranks=2, mla=True, asynchronous=asynchronous, budget=40)
     # stored once, by the first rank
     assert len(engine.cache.geometry.slices) == 1
-    assert [rank.side._mover._writes for rank in engine.ranks] == [True, False]
+    assert [rank.mover._writes for rank in engine.ranks] == [True, False]
     a_day(engine)
 
 
@@ -94,7 +94,7 @@ def test_a_chunk_that_one_rank_has_not_stored_is_not_there(make_engine):
     engine = make_engine(ranks=2)
     engine.add("a", range(48))
     scheduled = engine.schedule()
-    mover = engine.ranks[1].side._mover
+    mover = engine.ranks[1].mover
 
     class Lazy:
         def __getattr__(self, name):
@@ -103,9 +103,9 @@ def test_a_chunk_that_one_rank_has_not_stored_is_not_there(make_engine):
         def publish(self, moves):
             pass
 
-    engine.ranks[1].side._mover = Lazy()
+    engine.ranks[1].mover = Lazy()
     engine.complete(scheduled)
-    engine.ranks[1].side._mover = mover
+    engine.ranks[1].mover = mover
     engine.run()
     assert engine.counters["store_failures"] == 3
     assert engine.generate("b", range(48)) == 0
@@ -119,12 +119,12 @@ def test_nothing_has_landed_before_every_rank_says_so(make_engine):
     engine.add("b", range(48))
     scheduled = engine.schedule()
     [first, second] = engine.ranks
-    assert isinstance(first.side._mover, Mover)
-    first.side._mover.finish(scheduled.kv_connector_metadata.number)
+    assert isinstance(first.mover, Mover)
+    first.mover.finish(scheduled.kv_connector_metadata.number)
     assert len(engine.cache.flights) == 1
     engine.side._attached()
     assert len(engine.cache.decider.leases) == 1
-    second.side._mover.finish(scheduled.kv_connector_metadata.number)
+    second.mover.finish(scheduled.kv_connector_metadata.number)
     engine.side._attached()
     assert len(engine.cache.decider.leases) == 0
     engine.complete(scheduled)
@@ -218,8 +218,8 @@ class Counting:
 def test_layers_are_copied_as_they_are_computed(make_engine, loads):
     engine = make_engine(options={"use_layerwise": True})
     engine.runner.loads = loads
-    side = engine.ranks[0].side
-    side._mover = counting = Counting(side._mover)
+    [rank] = engine.ranks
+    rank.mover = counting = Counting(rank.mover)
     engine.generate("cold", range(60))
     assert (counting.loaded, counting.stored) == ([], [0, 1])
     engine.generate("warm", range(90))
@@ -229,8 +229,8 @@ def test_layers_are_copied_as_they_are_computed(make_engine, loads):
 
 
 def test_without_layers_a_step_is_copied_whole(engine):
-    side = engine.ranks[0].side
-    side._mover = counting = Counting(side._mover)
+    [rank] = engine.ranks
+    rank.mover = counting = Counting(rank.mover)
     engine.generate("cold", range(60))
     engine.generate("warm", range(90))
     assert (counting.loaded, counting.stored) == ([None], [None, None])
