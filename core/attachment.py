@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from lmcache.core.errors import HandoverError, LMCacheError
+from lmcache.core.errors import ConfigError, HandoverError, LMCacheError, PluginError
 from lmcache.core.flights import Flights
 from lmcache.core.geometry import Geometry, combined_layout, pages_per_chunk
 from lmcache.core.handover import Grant, Visit, address_of
@@ -138,15 +138,20 @@ class Joining:
     def __init__(self, attach: Callable[[], Attachment]) -> None:
         """`attach` is called until it succeeds, and again whenever a mover dies.
 
-        Returns after the first attempt or `FIRST_WAIT_S`, whichever comes first.
+        Returns after the first attempt or `FIRST_WAIT_S`, whichever comes first. Raises what the
+        first attempt raised if trying again would not help: `ConfigError` or `PluginError`.
         """
         self._attach = attach
         self._current: Attachment | None = None
+        self._hopeless: LMCacheError | None = None
         self._tried = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lmcache-joining", daemon=True)
         self._thread.start()
         self._tried.wait(self.FIRST_WAIT_S)
+        if self._hopeless:
+            self.close()
+            raise self._hopeless
 
     def current(self) -> Attachment | None:
         """The attachment, if there is one. Never blocks."""
@@ -164,6 +169,8 @@ class Joining:
                 self._current = self._attempt(self._attach)
             except LMCacheError as error:
                 if failures == 0:
+                    if isinstance(error, (ConfigError, PluginError)):
+                        self._hopeless = error
                     logger.warning("serving without a cache for now: %s", error)
                 pause = self.PAUSES_S[min(failures, len(self.PAUSES_S) - 1)]
                 failures += 1

@@ -44,6 +44,10 @@ class KeyChain:
             keys.append(self._next(at, self.chunk_tokens))
         return keys[chunk + 1]
 
+    def extend(self, stop: int) -> None:
+        """Compute the keys of all full chunks before token position `stop`, so that none waits."""
+        self.key(stop // self.chunk_tokens - 1)
+
     def tail(self, chunk: int, pages: int) -> ChunkKey:
         """The key of the first `pages` pages of chunk `chunk`, fewer than a full chunk."""
         known = self._tails.get((chunk, pages))

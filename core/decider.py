@@ -119,6 +119,7 @@ class Decider:
     def lookup(self, owner: str, chain: KeyChain, geometry: Geometry, stop: int) -> Hit:
         """Lease the longest stored prefix of the first `stop` tokens, in whole pages."""
         started = time.perf_counter()
+        chain.extend(stop)
         if not self.lock.acquire(timeout=self._patience_s):
             return Hit([], None, Receipt(0, stop, Reason.TIMED_OUT))
         try:

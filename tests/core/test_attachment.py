@@ -13,7 +13,7 @@ import rig
 from lmcache.backends.memory import MemoryBackend
 from lmcache.core.attachment import Attachment, Joining, geometry_of
 from lmcache.core.engine import moves_for
-from lmcache.core.errors import BackendError, ConfigError, HandoverError
+from lmcache.core.errors import BackendError, ConfigError, HandoverError, PluginError
 from lmcache.core.geometry import Geometry, combined_layout
 from lmcache.core.handover import Door, address_of
 from lmcache.core.mover import Mover
@@ -487,6 +487,30 @@ class TestJoining:
         assert time.monotonic() - began < 2
         assert joining.current() is None
 
+    @pytest.mark.parametrize("error", [ConfigError, PluginError])
+    def test_a_mistake_that_trying_again_would_not_mend(self, join, error):
+        threads = set(threading.enumerate())
+
+        def attach():
+            raise error("no policy 'LRV'")
+
+        with pytest.raises(error, match="LRV"):
+            join(attach=attach)
+        assert set(threading.enumerate()) == threads
+
+    def test_the_same_mistake_later_does_not_end_the_engine(self, workshop, engine, join):
+        joining = join()
+        attach = joining._attach
+
+        def fail_once():
+            joining._attach = attach
+            raise ConfigError("cannot keep objects in '/full'")
+
+        joining._attach = fail_once
+        Rank(workshop, engine, 0)
+        rig.wait_until(joining.current)
+        assert joining.current().is_whole()
+
     def test_a_mover_that_comes_later(self, workshop, engine, join):
         joining = join()
         Rank(workshop, engine, 0)
@@ -531,7 +555,7 @@ class TestJoining:
         assert (hit.tokens, failed) == (CHUNK, [])
         assert stays.pages.wrong(sequence, range(4), CHUNK) == []
 
-    @pytest.mark.parametrize("error", [OSError, ValueError, KeyError, ImportError, ConfigError])
+    @pytest.mark.parametrize("error", [OSError, ValueError, KeyError, ImportError, BackendError])
     def test_any_error_is_tried_again(self, workshop, engine, join, error):
         """Out of descriptors, a plugin's own mistake: the thread that tries must not die of it."""
         Rank(workshop, engine, 0)

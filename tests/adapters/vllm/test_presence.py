@@ -223,7 +223,8 @@ def test_a_step_planned_for_an_earlier_attachment_touches_nothing(engine):
     engine.add("other", range(100, 160), max_tokens=3)
     planned = engine.schedule()
     step = planned.kv_connector_metadata
-    assert step.loads and step.stores
+    assert step.loads
+    assert step.stores
     earlier = engine.cache
     earlier.visits[0].close()  # the joining thread takes it for dead, and attaches anew
     deadline = time.monotonic() + 10
