@@ -9,7 +9,8 @@ from lmcache.core.memory_limit import clamp_budget, memory_limit
 from lmcache.core.metrics import Counters
 from lmcache.core.packing import Packed
 from lmcache.core.slab import Slab
-from lmcache.core.tiers import Tier, Tiers
+from lmcache.core.tier import Tier
+from lmcache.core.tiers import Tiers
 from lmcache.core.urls import take_options
 
 if TYPE_CHECKING:

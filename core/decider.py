@@ -222,8 +222,7 @@ class Decider:
         self._generation += 1
         slot = Slot(key, offset, size, self._generation, pages, chunk)
         self._reserved[key] = slot
-        about = Description(key, geometry.layout, pages, pages * geometry.page_bytes)
-        start_header(self.slab.view[offset:], about)
+        start_header(self.slab.view[offset:], Description.of(slot, geometry))
         return slot
 
     def commit(self, slot: Slot, geometry: Geometry, *, fresh: bool = True) -> int:

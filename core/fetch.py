@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lmcache.core.receipts import Reason
 
@@ -15,15 +16,17 @@ if TYPE_CHECKING:
     from lmcache.core.leases import Lease
 
 
-class Want(NamedTuple):
+@dataclass(frozen=True)
+class Want:
     """Objects that would make a hit longer, in order, each useless without the one before."""
 
+    chain: KeyChain
     first_chunk: int
+    held: int
+    """Pages of the first chunk that the hit has already."""
     keys: list[ChunkKey]
     pages: list[int]
     """Pages of each object."""
-    shorter: list[tuple[ChunkKey, int]]
-    """If the first of `keys` is nowhere: tails of its chunk, longest first, with their pages."""
 
     @classmethod
     def beyond(cls, hit: Hit, chain: KeyChain, stop: int) -> Want:
@@ -34,9 +37,16 @@ class Want(NamedTuple):
             keys.append(chain.part(chunk, count))
             pages.append(count)
             chunk += 1
-        have = hit.slots[-1].pages if len(hit.slots) > first else 0
-        shorter = [(chain.tail(first, n), n) for n in range(pages[0] - 1, have, -1)]
-        return cls(first, keys, pages, shorter)
+        held = hit.slots[-1].pages if len(hit.slots) > first else 0
+        return cls(chain, first, held, keys, pages)
+
+    def key(self, step: int, pages: int) -> ChunkKey:
+        """The key of the first `pages` pages of object number `step`. Safe on any thread."""
+        return self.chain.part(self.first_chunk + step, pages)
+
+    def shorter(self, step: int) -> range:
+        """How many pages of object number `step` would do if it is nowhere, longest first."""
+        return range(self.pages[step] - 1, self.held if step == 0 else 0, -1)
 
 
 @dataclass(eq=False)
@@ -50,8 +60,8 @@ class Fetch:
     """Keep what was found in the slab, and what was fetched since, until the next lookup."""
     done: threading.Event = field(default_factory=threading.Event)
     started: bool = False
-    tier: str = ""
-    tokens: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
+    """Brought so far, by the name of their tier."""
     reason: Reason = Reason.NEVER_STORED
     abandoned: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -17,6 +17,8 @@ from xxhash import xxh3_64_intdigest
 from lmcache.core.slab import MAX_MOVERS, WORD
 
 if TYPE_CHECKING:
+    from lmcache.core.geometry import Geometry
+    from lmcache.core.index import Slot
     from lmcache.core.keys import ChunkKey
 
 MAGIC = b"LMCOBJ\r\n"
@@ -38,6 +40,11 @@ class Description:
     """Digest over the layouts of all slices of the payload (32 bytes)."""
     pages: int
     payload_bytes: int
+
+    @classmethod
+    def of(cls, slot: Slot, geometry: Geometry) -> Description:
+        """What the object in `slot` must say."""
+        return cls(slot.key, geometry.layout, slot.pages, slot.pages * geometry.page_bytes)
 
 
 def _write(view: memoryview, about: Description, checksum: int) -> None:

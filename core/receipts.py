@@ -15,6 +15,7 @@ class Reason(Enum):
     EVICTED = "the chunk was stored and has been evicted"
     BEING_WRITTEN = "the chunk is being written"
     TIMED_OUT = "a slower tier did not answer in time"
+    TIER_FAILED = "a slower tier failed, or is left alone after it did"
     DAMAGED = "a slower tier returned bytes that fail their check"
     NO_ROOM = "the slab is full of chunks in use"
     BELOW_MINIMUM = "the hit is shorter than min_retrieve_tokens"

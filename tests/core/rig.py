@@ -29,7 +29,8 @@ from lmcache.core.keys import Identity, Namespace, root_key
 from lmcache.core.layout import PageLayout, region_of
 from lmcache.core.mover import Mover
 from lmcache.core.slab import CONTROL_BYTES, Slab
-from lmcache.core.tiers import Tier, Tiers
+from lmcache.core.tier import Tier
+from lmcache.core.tiers import Tiers
 
 PAGE_TOKENS = 4
 PAGES_PER_CHUNK = 4

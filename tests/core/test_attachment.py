@@ -19,7 +19,8 @@ from lmcache.core.handover import Door, address_of
 from lmcache.core.mover import Mover
 from lmcache.core.receipts import Reason
 from lmcache.core.slab import MAX_MOVERS, Slab
-from lmcache.core.tiers import Tier, Tiers
+from lmcache.core.tier import Tier
+from lmcache.core.tiers import Tiers
 
 CHUNK = rig.CHUNK_TOKENS
 

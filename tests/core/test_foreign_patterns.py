@@ -12,7 +12,7 @@ import pytest
 import rig
 
 from lmcache.backends.memory import MemoryBackend
-from lmcache.core import tiers as tiers_module
+from lmcache.core import tier as tier_module
 from lmcache.core.engine import moves_for
 from lmcache.core.eviction.arc import ARCPolicy
 from lmcache.core.eviction.lru import LRUPolicy
@@ -226,7 +226,7 @@ class Hammer:
         for owner in list(self.waiting):
             self.abort(owner)
         self.tiers.flush()
-        rig.wait_until(lambda: not self.tiers._reads and not self.tiers._writes)
+        rig.wait_until(lambda: not self.tiers._reads.pool and not self.tiers._writes.pool)
 
     def payload(self, key):
         """What an object of this key must hold: slice by slice, region by region, page by page."""
@@ -257,7 +257,7 @@ class Kept(Wrapper):
     ids=["kept-lru", "kept-arc", "not-kept-s3fifo"],
 )
 def test_no_foreign_byte_ever(workshop, monkeypatch, keep, policy):
-    monkeypatch.setattr(tiers_module, "REST_S", 0.01)
+    monkeypatch.setattr(tier_module, "REST_S", 0.01)
     memory = MemoryBackend(max_size=20 * rig.SLOT)
     backend = Flaky(Corrupting(Kept(memory), every=11), every=17)
     hammer = Hammer(workshop, backend, keep=keep, policy=policy, seed=4)

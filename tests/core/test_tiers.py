@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import rig
 from blake3 import blake3
 
 from lmcache.backends.memory import MemoryBackend
-from lmcache.core import tiers as tiers_module
+from lmcache.core import tier as tier_module
 from lmcache.core.backend import Capabilities
 from lmcache.core.errors import BackendError
 from lmcache.core.objects import HEADER_BYTES, Description, is_intact
 from lmcache.core.receipts import Reason
+from lmcache.plugins.manager import PluginManager
 from lmcache.testing.faults import Corrupting, Flaky, Slow, Wrapper
 
 PAGE, CHUNK, PAGES = rig.PAGE_TOKENS, rig.CHUNK_TOKENS, rig.PAGES_PER_CHUNK
@@ -203,7 +207,7 @@ class TestWriting:
         backend.gate.set()
         cache.tiers.flush()
         assert len(backend.held()) == 3
-        rig.wait_until(lambda: not cache.tiers._writes)
+        rig.wait_until(lambda: not cache.tiers._writes.pool)
         cache.store(rig.tokens(3 * CHUNK, 1))
         assert len(backend.held()) == 6, "and then there is room in it again"
         cache.assert_idle()
@@ -415,6 +419,14 @@ class TestTails:
         assert cache.lookup(rig.tokens(3 * PAGE)).receipt.by_tier == {"l1": 2 * PAGE}
         assert backend.calls == ["count_leading"]
 
+    def test_a_tail_after_whole_chunks(self, new_cache, stored):
+        """The next turn of a conversation, after a restart."""
+        cache = new_cache(stored(rig.tokens(2 * CHUNK + 2 * PAGE)))
+        hit = cache.lookup(rig.tokens(4 * CHUNK))
+        assert hit.receipt.by_tier == {"l1": 0, "t0": 2 * CHUNK + 2 * PAGE}
+        assert hit.receipt.reason is Reason.NEVER_STORED
+        cache.assert_idle()
+
     def test_the_exact_tail(self, new_cache, stored):
         cache = new_cache(stored(rig.tokens(2 * CHUNK + PAGE)))
         hit = cache.lookup(rig.tokens(2 * CHUNK + PAGE + PAGE - 1))
@@ -436,6 +448,30 @@ class TestOrder:
         stored(rig.tokens(3 * CHUNK), into=other)
         hit = new_cache(one, other).lookup(rig.tokens(4 * CHUNK))
         assert hit.receipt.by_tier == {"l1": 0, "t1": 3 * CHUNK}
+
+    def test_tiers_complete_each_other(self, new_cache, stored):
+        one, other = Backend(), Backend()
+        chain = rig.chain(rig.tokens(4 * CHUNK))
+        for backend, missing in ((one, [2]), (other, [0, 1])):
+            stored(rig.tokens(4 * CHUNK + PAGE), into=backend)
+            for chunk in missing:
+                assert backend.remove(chain.key(chunk))
+        one.remove(chain.key(3))
+        one.calls.clear()
+        hit = new_cache(one, other).lookup(rig.tokens(5 * CHUNK))
+        assert hit.receipt.by_tier == {"l1": 0, "t0": 2 * CHUNK + PAGE, "t1": 2 * CHUNK}
+
+    def test_a_failing_tier_is_named_as_the_reason(self, new_cache):
+        one, other = Backend(), Backend()
+        one.error = on_purpose
+        hit = new_cache(one, other).lookup(rig.tokens(CHUNK))
+        assert (hit.tokens, hit.receipt.reason) == (0, Reason.TIER_FAILED)
+
+    def test_a_tier_that_fails_to_read_what_it_has(self, new_cache, stored):
+        backend = stored(rig.tokens(CHUNK))
+        backend.error, backend.only = on_purpose, ("get_into",)
+        hit = new_cache(backend).lookup(rig.tokens(CHUNK))
+        assert (hit.tokens, hit.receipt.reason) == (0, Reason.TIER_FAILED)
 
     def test_a_failing_tier_is_passed_over(self, new_cache, stored):
         one, other = Backend(), Backend()
@@ -541,7 +577,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("every", [2, 3, 5])
     def test_a_flaky_backend(self, new_cache, every, monkeypatch):
-        monkeypatch.setattr(tiers_module, "REST_S", 0.0)
+        monkeypatch.setattr(tier_module, "REST_S", 0.0)
         backend = Flaky(Backend(), every=every)
         cache = new_cache(backend, slots=6)
         for turn in range(60):
@@ -646,7 +682,7 @@ class TestTime:
 class TestSleeping:
     @pytest.fixture(autouse=True)
     def short(self, monkeypatch):
-        monkeypatch.setattr(tiers_module, "REST_S", 0.2)
+        monkeypatch.setattr(tier_module, "REST_S", 0.2)
 
     def test_a_tier_that_fails_rests(self, new_cache, stored):
         backend = stored(rig.tokens(CHUNK))
@@ -654,9 +690,9 @@ class TestSleeping:
         cache = new_cache(backend)
         for seed in range(10):
             cache.lookup(rig.tokens(CHUNK, seed))
-        assert len(backend.calls) == tiers_module.TRIES
+        assert len(backend.calls) == tier_module.TRIES
         cache.store(rig.tokens(CHUNK, 11))
-        assert len(backend.calls) == tiers_module.TRIES, "it is not written to either"
+        assert len(backend.calls) == tier_module.TRIES, "it is not written to either"
         assert cache.counters["tier_dropped"] == 1
 
     def test_a_tier_that_rests_delays_nobody(self, new_cache, backend):
@@ -686,19 +722,19 @@ class TestSleeping:
 
     def test_a_tier_that_hangs_rests_too(self, new_cache, backend, monkeypatch):
         """Or every request for ever would wait for as long as one may."""
-        monkeypatch.setattr(tiers_module, "REST_S", 60.0)
+        monkeypatch.setattr(tier_module, "REST_S", 60.0)
         cache = new_cache(backend, fetch_timeout_s=0.05)
         backend.gate.clear()
         for seed in range(3):
             assert cache.lookup(rig.tokens(CHUNK, seed)).receipt.reason is Reason.TIMED_OUT
         hit = cache.ask(rig.tokens(CHUNK, 4))
         assert hit is not None
-        assert hit.receipt.reason is Reason.NEVER_STORED
+        assert hit.receipt.reason is Reason.TIER_FAILED
         backend.gate.set()
 
     def test_a_tier_that_takes_all_threads_does_not_delay_for_ever(self, new_cache, monkeypatch):
         """The other tier is well, but there is no thread left to ask it."""
-        monkeypatch.setattr(tiers_module, "REST_S", 60.0)
+        monkeypatch.setattr(tier_module, "REST_S", 60.0)
         stuck, healthy = Backend(), Backend()
         cache = new_cache(stuck, healthy, threads=1, fetch_timeout_s=0.05)
         stuck.gate.clear()
@@ -770,8 +806,31 @@ class TestClosing:
         assert time.monotonic() - began < 3
         assert backend.closed == 1
         backend.gate.set()
-        rig.wait_until(lambda: not cache.tiers._writes)
+        rig.wait_until(lambda: not cache.tiers._writes.pool)
         cache.assert_idle()
+
+    def test_the_end_of_the_process_finishes_the_writes(self, tmp_path):
+        script = f"""
+import sys
+sys.path[:0] = [{str(Path(rig.__file__).parent)!r}]
+import rig
+from lmcache.core.tier import Tier
+from lmcache.core.tiers import Tiers
+from lmcache.plugins.manager import PluginManager
+from lmcache.testing.faults import Slow
+
+decider, geometry = rig.decider(8), rig.geometry()
+backend = PluginManager().open_backend("file://{tmp_path}?max_size=100MB")
+tiers = Tiers(decider, [Tier("file", Slow(backend, 0.05))], threads=1)
+chain = rig.chain(rig.tokens(5 * rig.CHUNK_TOKENS))
+slots, _ = decider.reserve(chain, geometry, 0, 5 * rig.CHUNK_TOKENS, tail=True)
+for slot in slots:
+    decider.commit(slot, geometry)
+"""
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+        keys = [rig.chain(rig.tokens(5 * CHUNK)).key(chunk) for chunk in range(5)]
+        with PluginManager().open_backend(f"file://{tmp_path}?max_size=100MB") as backend:
+            assert backend.count_leading(keys) == 5
 
     def test_who_waits_is_told(self, new_cache, backend):
         cache = new_cache(backend, fetch_timeout_s=30.0, threads=1)

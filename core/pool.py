@@ -1,0 +1,99 @@
+"""Threads for calls that may hang: nobody waits for them longer than they want to.
+
+The threads of `concurrent.futures` are joined when the interpreter exits, however long it takes.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, wait
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from lmcache.core.log import init_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = init_logger(__name__)
+
+_Job = tuple["Future[None]", "Callable[[], None]"]
+
+
+class DaemonPool:
+    """Runs jobs on at most `threads` threads, which end with the process whatever they do."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._most = threads
+        self._name = name
+        self._threads: list[threading.Thread] = []
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._pending: set[Future[None]] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __len__(self) -> int:
+        """Jobs that have not ended."""
+        return len(self._pending)
+
+    def submit(self, job: Callable[..., None], *args: Any) -> Future[None]:
+        """Run `job(*args)` when a thread is free. Raises `RuntimeError` once the pool is closed."""
+        future: Future[None] = Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"the pool {self._name} is closed")
+            self._pending.add(future)
+            future.add_done_callback(self._forget)
+            self._queue.put((future, partial(job, *args)))
+            if len(self._threads) < min(self._most, len(self._pending)):
+                self._start_thread()
+        return future
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the jobs submitted so far; whether all have ended."""
+        with self._lock:
+            pending = set(self._pending)
+        return not wait(pending, timeout_s).not_done
+
+    def close(self) -> None:
+        """Cancel the jobs that have not begun, and have the threads end after the one at hand."""
+        with self._lock:
+            self._closed = True
+        while True:
+            try:
+                job = self._queue.get_nowait()
+            except Empty:
+                break
+            if job:
+                job[0].cancel()
+        for _ in self._threads:
+            self._queue.put(None)
+
+    def join(self) -> None:
+        """Wait for the threads to end, after `close`."""
+        for thread in self._threads:
+            thread.join()
+
+    def _start_thread(self) -> None:
+        number = len(self._threads)
+        thread = threading.Thread(target=self._work, name=f"{self._name}-{number}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _forget(self, future: Future[None]) -> None:
+        with self._lock:
+            self._pending.discard(future)
+
+    def _work(self) -> None:
+        while job := self._queue.get():
+            future, call = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    call()
+                except BaseException as error:
+                    logger.exception("a job of %s failed", self._name)
+                    future.set_exception(error)
+                else:
+                    future.set_result(None)
+            del job, future, call  # or an idle thread keeps what they hold

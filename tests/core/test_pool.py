@@ -1,0 +1,115 @@
+"""Jobs run on threads that nobody has to wait for."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from lmcache.core.pool import DaemonPool
+
+
+@pytest.fixture
+def gate():
+    gate = threading.Event()
+    yield gate
+    gate.set()
+
+
+@pytest.fixture
+def make_pool():
+    made = []
+
+    def make(threads):
+        made.append(DaemonPool(threads, "pool"))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
+        pool.join()
+
+
+def test_every_job_runs_once(make_pool):
+    pool, done = make_pool(3), []
+    for number in range(100):
+        pool.submit(done.append, number)
+    assert pool.wait(10)
+    assert sorted(done) == list(range(100))
+    assert len(pool) == 0
+
+
+def test_as_many_at_once_as_there_are_threads(make_pool):
+    together = threading.Barrier(3)
+    pool = make_pool(3)
+    for _ in range(3):
+        pool.submit(together.wait, 10)
+    assert pool.wait(10)
+    assert not together.broken
+
+
+def test_no_thread_before_there_is_a_job(make_pool):
+    before = threading.active_count()
+    pool = make_pool(8)
+    assert threading.active_count() == before
+    pool.submit(int)
+    assert pool.wait(10)
+    assert threading.active_count() == before + 1
+
+
+def test_waiting_has_an_end(make_pool, gate):
+    pool = make_pool(1)
+    pool.submit(gate.wait)
+    began = time.monotonic()
+    assert not pool.wait(0.05)
+    assert time.monotonic() - began < 5
+
+
+def test_closing_cancels_what_has_not_begun(make_pool, gate):
+    pool, ended = make_pool(1), []
+    begun = threading.Event()
+    first = pool.submit(lambda: (begun.set(), gate.wait()))
+    others = [pool.submit(ended.append, 1) for _ in range(3)]
+    assert begun.wait(10)
+    pool.close()
+    assert [job.cancelled() for job in others] == [True] * 3
+    gate.set()
+    first.result(10)
+    pool.join()
+    assert (ended, len(pool)) == ([], 0)
+
+
+def test_a_closed_pool_takes_no_job(make_pool):
+    pool = make_pool(1)
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(int)
+    assert len(pool) == 0
+
+
+def test_a_job_that_fails_is_logged_and_the_next_one_runs(make_pool, caplog):
+    pool = make_pool(1)
+    with caplog.at_level(logging.ERROR, "lmcache.core.pool"):
+        bad, good = pool.submit(int, "seven"), pool.submit(int, "7")
+        assert pool.wait(10)
+    assert isinstance(bad.exception(), ValueError)
+    assert good.exception() is None
+    assert "invalid literal" in caplog.text
+
+
+def run(script: str) -> float:
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    return time.monotonic() - began
+
+
+def test_a_job_that_hangs_does_not_keep_the_process():
+    script = (
+        "import time; from lmcache.core.pool import DaemonPool; "
+        "DaemonPool(1, 'pool').submit(time.sleep, 50); time.sleep(0.2)"
+    )
+    assert run(script) < 30
