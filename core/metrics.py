@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client import REGISTRY, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -66,33 +66,48 @@ class Counters:
             return dict(self.values)
 
 
-class CacheCollector(Collector):
-    """Presents one engine's counters and gauges to prometheus-client."""
+class Source(NamedTuple):
+    """One engine's figures."""
 
-    def __init__(
-        self, engine: str, counters: Counters, gauges: Callable[[], dict[str, float]]
-    ) -> None:
-        self._engine = engine
-        self._counters = counters
-        self._gauges = gauges
+    engine: str
+    counters: Counters
+    gauges: Callable[[], dict[str, float]]
+
+
+class CacheCollector(Collector):
+    """Presents the figures of all engines of a process to prometheus-client, each name once."""
+
+    def __init__(self) -> None:
+        self.sources: tuple[Source, ...] = ()
+        """Replaced, never changed: a scrape may be reading it."""
 
     def describe(self) -> list[Metric]:
-        """No names: those of several engines in one process are the same."""
+        """No names: the gauges are known only when somebody asks."""
         return []
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry at each scrape."""
-        values = self._counters.copy()
+        sources = self.sources
+        counts = [(source.engine, source.counters.copy()) for source in sources]
         for name, help_text in _HELP.items():
             family = CounterMetricFamily(f"lmcache_{name}", help_text, labels=["engine", "kind"])
-            found = sorted((label, value) for (of, label), value in values.items() if of == name)
-            for label, value in found or [("", 0)]:
-                family.add_metric([self._engine, label], value)
+            for engine, values in counts:
+                found = sorted((kind, value) for (of, kind), value in values.items() if of == name)
+                for kind, value in found or [("", 0)]:
+                    family.add_metric([engine, kind], value)
             yield family
-        for name, level in self._gauges().items():
-            gauge = GaugeMetricFamily(f"lmcache_{name}", name.replace("_", " "), labels=["engine"])
-            gauge.add_metric([self._engine], level)
-            yield gauge
+        gauges: dict[str, GaugeMetricFamily] = {}
+        for source in sources:
+            for name, level in source.gauges().items():
+                text = name.replace("_", " ")
+                gauges.setdefault(
+                    name, GaugeMetricFamily(f"lmcache_{name}", text, labels=["engine"])
+                ).add_metric([source.engine], level)
+        yield from gauges.values()
+
+
+_COLLECTOR = CacheCollector()
+_SHOWING = threading.Lock()
 
 
 class Exporter:
@@ -100,13 +115,19 @@ class Exporter:
 
     def __init__(self, engine: str, decider: Decider, port: int) -> None:
         """With `port` 0 nothing listens. Raises `OSError` if the port is taken."""
-        self._collector = CacheCollector(engine, decider.counters, decider.gauges)
         self._server = start_http_server(port, addr="127.0.0.1") if port else None
-        REGISTRY.register(self._collector)
+        self._source = Source(engine, decider.counters, decider.gauges)
+        with _SHOWING:
+            if not _COLLECTOR.sources:
+                REGISTRY.register(_COLLECTOR)
+            _COLLECTOR.sources += (self._source,)
 
     def close(self) -> None:
         """Stop showing them."""
-        REGISTRY.unregister(self._collector)
+        with _SHOWING:
+            _COLLECTOR.sources = tuple(s for s in _COLLECTOR.sources if s is not self._source)
+            if not _COLLECTOR.sources:
+                REGISTRY.unregister(_COLLECTOR)
         if self._server:
             server, thread = self._server
             server.shutdown()

@@ -14,7 +14,7 @@ import rig
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lmcache.core.metrics import CacheCollector, Counters, Exporter
+from lmcache.core.metrics import CacheCollector, Counters, Exporter, Source
 from lmcache.core.receipts import Reason, Receipt
 
 CHUNK = rig.CHUNK_TOKENS
@@ -121,14 +121,20 @@ class TestCounters:
 
 class TestCollector:
     @pytest.fixture
-    def registry(self):
-        return CollectorRegistry()
+    def collector(self):
+        return CacheCollector()
 
-    def test_names_labels_and_values(self, registry):
+    @pytest.fixture
+    def registry(self, collector):
+        registry = CollectorRegistry()
+        registry.register(collector)
+        return registry
+
+    def test_names_labels_and_values(self, collector, registry):
         counters = Counters()
         counters.add("stored_bytes", 2**40)
         counters.looked_up(10, {"l1": 4}, Reason.SHORT)
-        registry.register(CacheCollector("e1", counters, lambda: {"free_bytes": 12.5}))
+        collector.sources += (Source("e1", counters, lambda: {"free_bytes": 12.5}),)
         assert scrape(registry) == {
             ("lmcache_stored_bytes_total", "e1", ""): 2**40,
             ("lmcache_lookups_total", "e1", "short"): 1,
@@ -137,35 +143,40 @@ class TestCollector:
             ("lmcache_free_bytes", "e1", ""): 12.5,
         }
 
-    def test_every_counter_says_what_it_is(self, registry):
-        registry.register(CacheCollector("e1", Counters(), dict))
+    def test_every_counter_says_what_it_is(self, collector, registry):
+        collector.sources += (Source("e1", Counters(), dict),)
         families = list(text_string_to_metric_families(generate_latest(registry).decode()))
         assert len(families) >= 14
         for family in families:
             assert family.type == "counter"
             assert family.documentation
 
-    def test_what_never_happened_is_zero_and_not_absent(self, registry):
+    def test_what_never_happened_is_zero_and_not_absent(self, collector, registry):
         """Or an alert on it would never fire."""
-        registry.register(CacheCollector("e1", Counters(), dict))
+        collector.sources += (Source("e1", Counters(), dict),)
         text = generate_latest(registry).decode()
         assert 'lmcache_damaged_total{engine="e1",kind=""} 0.0' in text
 
-    def test_an_engine_may_be_called_anything(self, registry):
+    def test_an_engine_may_be_called_anything(self, collector, registry):
         counters = Counters()
         counters.add("evictions")
-        registry.register(CacheCollector('a"b\\c\nd{}', counters, dict))
+        collector.sources += (Source('a"b\\c\nd{}', counters, dict),)
         assert scrape(registry) == {("lmcache_evictions_total", 'a"b\\c\nd{}', ""): 1}
 
-    def test_several_engines_in_one_process(self, registry):
+    def test_several_engines_in_one_process(self, collector, registry):
         for name in ("e1", "e2"):
             counters = Counters()
             counters.add("evictions", int(name[1]))
-            registry.register(CacheCollector(name, counters, dict))
+            collector.sources += (Source(name, counters, lambda: {"chunks": 1.0}),)
         assert scrape(registry) == {
             ("lmcache_evictions_total", "e1", ""): 1,
             ("lmcache_evictions_total", "e2", ""): 2,
+            ("lmcache_chunks", "e1", ""): 1,
+            ("lmcache_chunks", "e2", ""): 1,
         }
+        text = generate_latest(registry).decode()
+        types = [line for line in text.splitlines() if line.startswith("# TYPE")]
+        assert len(types) == len(set(types)), "or Prometheus refuses the whole page"
 
 
 def free_port():
