@@ -23,11 +23,28 @@ _memmove = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, c
 
 PARALLEL_BYTES = 4 << 20
 """Below this a second thread costs more than it copies; measured on a 2-core virtual machine."""
+PIECE_BYTES = 2 << 20
+"""Longer runs are cut, so that threads get equal shares."""
 
 
 def _copy_each(destination: list[int], source: list[int], length: list[int]) -> None:
     for to, origin, size in zip(destination, source, length, strict=True):
         _memmove(to, origin, size)
+
+
+def _cut(destination: Int64s, source: Int64s, length: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+    """The same bytes in runs of at most `PIECE_BYTES`."""
+    pieces = -(-length // PIECE_BYTES)
+    if pieces.max(initial=0) <= 1:
+        return destination, source, length
+    run = np.repeat(np.arange(len(length)), pieces)
+    first = np.cumsum(pieces) - pieces
+    start = (np.arange(len(run)) - first[run]) * PIECE_BYTES
+    return (
+        destination[run] + start,
+        source[run] + start,
+        np.minimum(length[run] - start, PIECE_BYTES),
+    )
 
 
 class HostPages:
@@ -65,12 +82,13 @@ class HostCopier:
 
     def copy(self, destination: Int64s, source: Int64s, length: Int64s) -> None:
         """Copy run i from `source[i]` to `destination[i]`; done when this returns."""
+        destination, source, length = _cut(destination, source, length)
         total = int(length.sum())
         if self._threads == 1 or total < PARALLEL_BYTES or len(length) < self._threads:
             _copy_each(destination.tolist(), source.tolist(), length.tolist())
             return
         shares = np.arange(1, self._threads) * (total // self._threads)
-        cuts = [0, *np.searchsorted(np.cumsum(length), shares).tolist(), len(length)]
+        cuts = [0, *np.searchsorted(np.cumsum(length), shares, "right").tolist(), len(length)]
         parts = [
             (destination[a:b].tolist(), source[a:b].tolist(), length[a:b].tolist())
             for a, b in pairwise(cuts)

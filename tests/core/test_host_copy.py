@@ -25,6 +25,7 @@ def copier(request):
 @pytest.fixture
 def always_parallel(monkeypatch):
     monkeypatch.setattr(host, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(host, "PIECE_BYTES", 300)
 
 
 def scattered(lengths, seed=0):
@@ -66,6 +67,26 @@ def test_every_byte_arrives(copier, always_parallel, lengths):
 def test_every_byte_of_a_large_copy_arrives(copier):
     """As large as it takes to be shared among threads."""
     check(copier, [host.PARALLEL_BYTES // 50 + i for i in range(100)])
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_every_byte_of_a_long_run_arrives(copier, extra):
+    check(copier, [17, 3 * host.PIECE_BYTES + extra, host.PIECE_BYTES + extra, 5])
+
+
+def test_one_long_run_is_shared_among_threads(monkeypatch):
+    copier, shares = HostCopier(2), []
+    copy = host._copy_each
+
+    def note(destination, source, length):
+        shares.append((threading.get_ident(), sum(length)))
+        copy(destination, source, length)
+
+    monkeypatch.setattr(host, "_copy_each", note)
+    check(copier, [8 * host.PIECE_BYTES])
+    copier.close()
+    assert len(dict(shares)) == 2
+    assert [size for _, size in shares] == [4 * host.PIECE_BYTES] * 2
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
