@@ -91,7 +91,7 @@ class DaemonPool:
             if future.set_running_or_notify_cancel():
                 try:
                     call()
-                except BaseException as error:
+                except Exception as error:
                     logger.exception("a job of %s failed", self._name)
                     future.set_exception(error)
                 else:

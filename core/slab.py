@@ -72,7 +72,10 @@ class Slab:
         return value
 
     def write_word(self, offset: int, value: int) -> None:
-        """Publish a 64-bit word; what was written before is visible to whoever reads it."""
+        """Publish a 64-bit word; what was copied before is visible to whoever reads it.
+
+        On any processor: copies release the interpreter lock, and taking it again is a fence.
+        """
         WORD.pack_into(self.view, offset, value)
 
     def populate(self, offset: int, length: int) -> None:
