@@ -34,6 +34,7 @@ PRINTS = {
 }
 CATCHES_ALL = {
     "adapters/vllm/connector.py": "the wall between us and the engine",
+    "core/pool.py": "a thread's error is logged, and kept for whoever asks the future",
     "lmcache/testing/backend_suite.py": "a thread's error is raised by the one that waits for it",
 }
 LOGIC_IN_INIT = {
