@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from lmcache.core.client import CacheClient
 from lmcache.core.errors import ConfigError, HandoverError, LMCacheError, PluginError
 from lmcache.core.flights import Flights
 from lmcache.core.geometry import Geometry, combined_layout, pages_per_chunk
@@ -16,10 +17,13 @@ from lmcache.core.log import init_logger
 from lmcache.core.slab import MAX_MOVERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from lmcache.core.decider import Decider
+    from lmcache.core.chain import KeyChain
+    from lmcache.core.decider import Decider, Hit
     from lmcache.core.handover import Hello
+    from lmcache.core.index import Slot
+    from lmcache.core.receipts import Reason
     from lmcache.core.tiers import Tiers
 
 logger = init_logger(__name__)
@@ -53,8 +57,8 @@ def geometry_of(hellos: list[Hello], chunk_size: int) -> Geometry:
 
 
 @dataclass
-class Attachment:
-    """What the scheduling side of an engine holds while its cache works."""
+class Attachment(CacheClient):
+    """An engine whose decider lives where it schedules: every question is a function call."""
 
     decider: Decider
     tiers: Tiers
@@ -62,7 +66,6 @@ class Attachment:
     flights: Flights
     visits: list[Visit]
     number: int
-    """Tells it from every other attachment of the engine."""
     on_close: list[Callable[[], None]] = field(default_factory=list)
     """Called in turn when the attachment ends, while its tiers are still open."""
 
@@ -111,6 +114,53 @@ class Attachment:
                 built[0].slab.close()
             raise
         return cls(decider, tiers, geometry, Flights(decider, geometry, movers), visits, number)
+
+    def lookup(self, owner: str, chain: KeyChain, stop: int) -> Hit | None:
+        """From the slab at once, from slower tiers later."""
+        return self.tiers.lookup(owner, chain, self.geometry, stop)
+
+    def holds(self, hit: Hit) -> bool:
+        """Whether its lease is among those of the decider."""
+        return hit.lease in self.decider.leases
+
+    def promise(self, hit: Hit) -> bool:
+        """Mark its lease as if it were in the air already."""
+        with self.decider.lock:
+            if hit.lease is None or hit.lease not in self.decider.leases:
+                return False
+            hit.lease.in_flight = True
+            return True
+
+    def release(self, owner: str, hit: Hit | None) -> None:
+        """End its lease, and what is being fetched for its owner."""
+        self.tiers.forget(owner)
+        if hit:
+            self.decider.release(hit.lease)
+
+    def reserve(
+        self, chain: KeyChain, start: int, stop: int, *, tail: bool
+    ) -> tuple[list[Slot], Reason]:
+        """Slots of the decider's slab, evicting what must go."""
+        return self.decider.reserve(chain, self.geometry, start, stop, tail=tail)
+
+    def depart(self, stores: Sequence[Slot], loads: Sequence[Hit]) -> int:
+        """Their slots and leases are the movers' until they answer in the slab."""
+        leases = [hit.lease for hit in loads if hit.lease]
+        for lease in leases:
+            self.tiers.forget(lease.owner)
+        loaded = [slot for hit in loads for slot in hit.slots]
+        return self.flights.depart(list(stores), leases, loaded)
+
+    def cancel(self, stores: Sequence[Slot], loads: Sequence[Hit]) -> None:
+        """Give all of it back to the decider."""
+        for hit in loads:
+            self.decider.release(hit.lease)
+        for slot in stores:
+            self.decider.abandon(slot)
+
+    def settle(self) -> None:
+        """Read the movers' words in the slab."""
+        self.flights.settle()
 
     def is_whole(self) -> bool:
         """Whether every mover is alive. Never blocks."""

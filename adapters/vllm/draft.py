@@ -11,11 +11,10 @@ from lmcache.core.engine import moves_for
 from lmcache.core.receipts import Reason
 
 if TYPE_CHECKING:
-    from lmcache.core.attachment import Attachment
     from lmcache.core.chain import KeyChain
+    from lmcache.core.client import CacheClient
     from lmcache.core.decider import Hit
     from lmcache.core.index import Slot
-    from lmcache.core.leases import Lease
 
 NULL_PAGE = 0
 """vLLM's block 0 stands for "no block"; its content is nobody's."""
@@ -52,25 +51,22 @@ class Tracked:
 class Draft:
     """A step in the making, and what it holds in the decider until it departs."""
 
-    def __init__(self, cache: Attachment, *, events: bool) -> None:
+    def __init__(self, cache: CacheClient, *, events: bool) -> None:
         self.cache = cache
         self.step = Step(attachment=cache.number)
         self._events = events
-        self._leases: list[Lease] = []
-        self._loaded: list[Slot] = []
+        self._loaded: list[Hit] = []
         self._stored: list[Slot] = []
 
     def load(self, tracked: Tracked) -> bool:
         """Add the load that vLLM made room for; False if there is none, or it cannot be made."""
         hit, tracked.hit = tracked.hit, None
-        lease = hit.lease if hit else None
-        wanted, tracked.load = tracked.load, 0
-        if not wanted or not hit or not lease or lease not in self.cache.decider.leases:
-            self.cache.decider.release(lease)
-            return False
-        self._leases.append(lease)
-        self._loaded.extend(hit.slots)
         geometry, request = self.cache.geometry, tracked.request
+        wanted, tracked.load = tracked.load, 0
+        if not wanted or not hit:
+            self.cache.release(request.request_id, hit)
+            return False
+        self._loaded.append(hit)
         first = tracked.local // geometry.page_tokens
         stop = -(-(tracked.local + wanted) // geometry.page_tokens)
         moves = moves_for(hit.slots, geometry, tracked.pages, first, stop)
@@ -86,7 +82,7 @@ class Draft:
     def store(self, tracked: Tracked, stop: int, *, tail: bool) -> None:
         """Add a store of the tokens up to `stop` that are not stored yet."""
         cache, start, request = self.cache, tracked.done, tracked.request
-        slots, reason = cache.decider.reserve(tracked.chain, cache.geometry, start, stop, tail=tail)
+        slots, reason = cache.reserve(tracked.chain, start, stop, tail=tail)
         self._stored.extend(slots)
         tracked.done = stop
         if reason is not Reason.NONE:
@@ -113,12 +109,9 @@ class Draft:
     def depart(self) -> Step:
         """The step, ready to be sent; what it holds is in the air from now on."""
         if self.step.loads or self.step.stores:
-            self.step.number = self.cache.flights.depart(self._stored, self._leases, self._loaded)
+            self.step.number = self.cache.depart(self._stored, self._loaded)
         return self.step
 
     def cancel(self) -> None:
         """The step will not be sent: let go of everything."""
-        for lease in self._leases:
-            self.cache.decider.release(lease)
-        for slot in self._stored:
-            self.cache.decider.abandon(slot)
+        self.cache.cancel(self._stored, self._loaded)

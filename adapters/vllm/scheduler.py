@@ -22,7 +22,8 @@ from lmcache.core.log import init_logger
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lmcache.core.attachment import Attachment, Joining
+    from lmcache.core.attachment import Joining
+    from lmcache.core.client import CacheClient
     from lmcache.core.config import Config
     from lmcache.core.decider import Hit
     from lmcache.core.keys import Namespace
@@ -47,7 +48,7 @@ class SchedulerSide:
         self._details = details
         self._tracked: dict[str, Tracked] = {}
         self._promises: dict[str, range] = {}
-        self._cache: Attachment | None = None
+        self._cache: CacheClient | None = None
 
     # ---- matching
 
@@ -85,24 +86,22 @@ class SchedulerSide:
         tracked = self._tracked.get(request.request_id)
         if tracked is None or self._cache is None:
             return
-        self._cache.tiers.forget(request.request_id)
         tracked.load = external
         if external:
             self._promise(request, tracked.local, external)
-            if tracked.hit and tracked.hit.lease:
-                tracked.hit.lease.in_flight = True  # vLLM counts on it: no deadline ends it now
-        elif tracked.hit:
+            if tracked.hit and not self._cache.promise(tracked.hit):
+                tracked.hit = None
+            return
+        if tracked.hit:
             tracked.done = tracked.hit.tokens
-            self._let_go(tracked)
+        self._let_go(tracked)
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """A request has ended, whether it ever ran or not. What its response should say."""
         self._promises.pop(request.request_id, None)
         tracked = self._tracked.pop(request.request_id, None)
-        if self._cache:
-            self._cache.tiers.forget(request.request_id)
-            if tracked:
-                self._let_go(tracked)
+        if tracked:
+            self._let_go(tracked)
         said: dict[str, Any] = {}
         if self._details:
             said["num_lmcache_cached_tokens"] = tracked.loaded if tracked else 0
@@ -143,8 +142,8 @@ class SchedulerSide:
 
     def _let_go(self, tracked: Tracked) -> None:
         hit, tracked.hit = tracked.hit, None
-        if hit and self._cache:
-            self._cache.decider.release(hit.lease)
+        if self._cache:
+            self._cache.release(tracked.request.request_id, hit)
 
     def _scheduled(self, scheduled: Any) -> Iterator[tuple[str, list[int], int]]:
         """The tracked requests of a step: id, whole page table, tokens computed before it."""
@@ -209,17 +208,17 @@ class SchedulerSide:
 
     # ----
 
-    def _attached(self) -> Attachment | None:
+    def _attached(self) -> CacheClient | None:
         """The attachment as it is now. When it changes, all we knew of it is void."""
         cache = self._joining.current()
         if cache is not self._cache:
             self._tracked.clear()
             self._cache = cache
         if cache:
-            cache.flights.settle()
+            cache.settle()
         return cache
 
-    def _track(self, cache: Attachment, request: Any) -> Tracked:
+    def _track(self, cache: CacheClient, request: Any) -> Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.request is not request:
             tracked = self._tracked[request.request_id] = self._new(cache, request)
@@ -227,7 +226,7 @@ class SchedulerSide:
             tracked.restart()
         return tracked
 
-    def _new(self, cache: Attachment, request: Any) -> Tracked:
+    def _new(self, cache: CacheClient, request: Any) -> Tracked:
         geometry = cache.geometry
         namespace = replace(self._namespace, layout=geometry.layout.hex())
         chain = KeyChain(
@@ -249,13 +248,11 @@ class SchedulerSide:
             may_store=self._stores and keyable and not skip,
         )
 
-    def _hit(self, cache: Attachment, tracked: Tracked) -> Hit | None:
+    def _hit(self, cache: CacheClient, tracked: Tracked) -> Hit | None:
         """The hit of a request, leased: the one it has, if that still holds."""
-        if tracked.hit and tracked.hit.lease in cache.decider.leases:
+        if tracked.hit and cache.holds(tracked.hit):
             return tracked.hit
         request = tracked.request
-        hit = cache.tiers.lookup(
-            request.request_id, tracked.chain, cache.geometry, request.num_tokens
-        )
+        hit = cache.lookup(request.request_id, tracked.chain, request.num_tokens)
         tracked.hit = hit or tracked.hit
         return hit

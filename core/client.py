@@ -1,0 +1,66 @@
+"""The one interface between an engine's scheduler and the cache, wherever the decider lives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lmcache.core.chain import KeyChain
+    from lmcache.core.decider import Hit
+    from lmcache.core.geometry import Geometry
+    from lmcache.core.index import Slot
+    from lmcache.core.receipts import Reason
+
+
+class CacheClient(ABC):
+    """One engine's side of a decider, while it is attached. Called on the scheduler's thread.
+
+    What it plans goes to the movers with the engine's own step, under the number `depart` gave it.
+    """
+
+    geometry: Geometry
+    number: int
+    """Tells it from every other attachment of the engine: a step names it."""
+
+    @abstractmethod
+    def lookup(self, owner: str, chain: KeyChain, stop: int) -> Hit | None:
+        """Lease the longest prefix of the first `stop` tokens; None to be asked again later.
+
+        Slower tiers are asked once for each owner, until `release`.
+        """
+
+    @abstractmethod
+    def holds(self, hit: Hit) -> bool:
+        """Whether the lease of `hit` has not ended."""
+
+    @abstractmethod
+    def promise(self, hit: Hit) -> bool:
+        """No deadline ends its lease from now on, if none has: the engine counts on the load."""
+
+    @abstractmethod
+    def release(self, owner: str, hit: Hit | None) -> None:
+        """The owner wants nothing more of what it looked up. More than once does nothing."""
+
+    @abstractmethod
+    def reserve(
+        self, chain: KeyChain, start: int, stop: int, *, tail: bool
+    ) -> tuple[list[Slot], Reason]:
+        """Slots for what of tokens `start` .. `stop` is not stored; `depart` or `cancel` them.
+
+        `start` is rounded down to a chunk. With `tail`, a last chunk of fewer pages counts too.
+        """
+
+    @abstractmethod
+    def depart(self, stores: Sequence[Slot], loads: Sequence[Hit]) -> int:
+        """Put a step in the air and return its number. Every mover must be sent it."""
+
+    @abstractmethod
+    def cancel(self, stores: Sequence[Slot], loads: Sequence[Hit]) -> None:
+        """The step that was to hold these will not be sent."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Take note of the steps that have landed. To be called now and then. Never blocks."""
