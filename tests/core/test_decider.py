@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import struct
 import threading
 from itertools import pairwise
 
@@ -505,10 +504,10 @@ class TestReserving:
     def test_tokens_without_a_key_leave_nothing_behind(self, made, bad):
         """The chunks before the bad one could be stored; whoever asked never learns of them."""
         sequence = [*rig.tokens(2 * CHUNK), bad, *rig.tokens(CHUNK)]
-        with pytest.raises(struct.error):
+        with pytest.raises((OverflowError, TypeError)):
             reserve(made, sequence)
         assert made.free_bytes == made.capacity_bytes
-        with pytest.raises(struct.error):
+        with pytest.raises((OverflowError, TypeError)):
             lookup(made, sequence[2 * CHUNK :])
         rig.assert_idle(made)
         assert store(made, rig.tokens(2 * CHUNK)) is Reason.NONE

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import struct
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -204,7 +203,7 @@ def test_tokens_may_come_in_any_sequence():
 
 @pytest.mark.parametrize("token", [-1, 2**32, 2**64, 1.0, "1", None])
 def test_what_is_no_token_id_has_no_key(token):
-    with pytest.raises(struct.error):
+    with pytest.raises((OverflowError, TypeError)):
         next_key(bytes(32), [1, token], 0)
 
 
