@@ -117,18 +117,15 @@ class Attachment(CacheClient):
 
     def lookup(self, owner: str, chain: KeyChain, stop: int) -> Hit | None:
         """From the slab at once, from slower tiers later."""
+        self.flights.settle()
         return self.tiers.lookup(owner, chain, self.geometry, stop)
 
-    def holds(self, hit: Hit) -> bool:
-        """Whether its lease is among those of the decider."""
-        return hit.lease in self.decider.leases
-
-    def promise(self, hit: Hit) -> bool:
-        """Mark its lease as if it were in the air already."""
+    def keeps(self, hit: Hit, *, promised: bool = False) -> bool:
+        """Look among the decider's leases; a promised one is as good as in the air."""
         with self.decider.lock:
             if hit.lease is None or hit.lease not in self.decider.leases:
                 return False
-            hit.lease.in_flight = True
+            hit.lease.in_flight |= promised
             return True
 
     def release(self, owner: str, hit: Hit | None) -> None:
@@ -141,10 +138,14 @@ class Attachment(CacheClient):
         self, chain: KeyChain, start: int, stop: int, *, tail: bool
     ) -> tuple[list[Slot], Reason]:
         """Slots of the decider's slab, evicting what must go."""
+        self.flights.settle()
         return self.decider.reserve(chain, self.geometry, start, stop, tail=tail)
 
     def depart(self, stores: Sequence[Slot], loads: Sequence[Hit]) -> int:
         """Their slots and leases are the movers' until they answer in the slab."""
+        self.flights.settle()
+        if not stores and not loads:
+            return 0
         leases = [hit.lease for hit in loads if hit.lease]
         for lease in leases:
             self.tiers.forget(lease.owner)
@@ -157,10 +158,6 @@ class Attachment(CacheClient):
             self.decider.release(hit.lease)
         for slot in stores:
             self.decider.abandon(slot)
-
-    def settle(self) -> None:
-        """Read the movers' words in the slab."""
-        self.flights.settle()
 
     def is_whole(self) -> bool:
         """Whether every mover is alive. Never blocks."""

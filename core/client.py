@@ -33,12 +33,11 @@ class CacheClient(ABC):
         """
 
     @abstractmethod
-    def holds(self, hit: Hit) -> bool:
-        """Whether the lease of `hit` has not ended."""
+    def keeps(self, hit: Hit, *, promised: bool = False) -> bool:
+        """Whether the lease of `hit` has not ended.
 
-    @abstractmethod
-    def promise(self, hit: Hit) -> bool:
-        """No deadline ends its lease from now on, if none has: the engine counts on the load."""
+        With `promised` the engine counts on the load: no deadline ends it from now on.
+        """
 
     @abstractmethod
     def release(self, owner: str, hit: Hit | None) -> None:
@@ -55,12 +54,11 @@ class CacheClient(ABC):
 
     @abstractmethod
     def depart(self, stores: Sequence[Slot], loads: Sequence[Hit]) -> int:
-        """Put a step in the air and return its number. Every mover must be sent it."""
+        """Put a step in the air; its number, 0 if it is empty. Every mover must be sent it.
+
+        To be called for empty steps too: it takes note of those that have landed.
+        """
 
     @abstractmethod
     def cancel(self, stores: Sequence[Slot], loads: Sequence[Hit]) -> None:
         """The step that was to hold these will not be sent."""
-
-    @abstractmethod
-    def settle(self) -> None:
-        """Take note of the steps that have landed. To be called now and then. Never blocks."""

@@ -108,8 +108,7 @@ class Draft:
 
     def depart(self) -> Step:
         """The step, ready to be sent; what it holds is in the air from now on."""
-        if self.step.loads or self.step.stores:
-            self.step.number = self.cache.depart(self._stored, self._loaded)
+        self.step.number = self.cache.depart(self._stored, self._loaded)
         return self.step
 
     def cancel(self) -> None:

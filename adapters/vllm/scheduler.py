@@ -89,7 +89,7 @@ class SchedulerSide:
         tracked.load = external
         if external:
             self._promise(request, tracked.local, external)
-            if tracked.hit and not self._cache.promise(tracked.hit):
+            if tracked.hit and not self._cache.keeps(tracked.hit, promised=True):
                 tracked.hit = None
             return
         if tracked.hit:
@@ -214,8 +214,6 @@ class SchedulerSide:
         if cache is not self._cache:
             self._tracked.clear()
             self._cache = cache
-        if cache:
-            cache.settle()
         return cache
 
     def _track(self, cache: CacheClient, request: Any) -> Tracked:
@@ -250,7 +248,7 @@ class SchedulerSide:
 
     def _hit(self, cache: CacheClient, tracked: Tracked) -> Hit | None:
         """The hit of a request, leased: the one it has, if that still holds."""
-        if tracked.hit and cache.holds(tracked.hit):
+        if tracked.hit and cache.keeps(tracked.hit):
             return tracked.hit
         request = tracked.request
         hit = cache.lookup(request.request_id, tracked.chain, request.num_tokens)

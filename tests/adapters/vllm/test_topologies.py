@@ -122,10 +122,10 @@ def test_nothing_has_landed_before_every_rank_says_so(make_engine):
     assert isinstance(first.mover, Mover)
     first.mover.finish(scheduled.kv_connector_metadata.number)
     assert len(engine.cache.flights) == 1
-    engine.side._attached()
+    engine.cache.depart([], [])
     assert len(engine.cache.decider.leases) == 1
     second.mover.finish(scheduled.kv_connector_metadata.number)
-    engine.side._attached()
+    engine.cache.depart([], [])
     assert len(engine.cache.decider.leases) == 0
     engine.complete(scheduled)
     engine.run()
