@@ -22,7 +22,7 @@ from lmcache.core.engine import CacheEngine, moves_for
 from lmcache.core.geometry import Geometry
 from lmcache.core.keys import ChunkKey, Identity, Namespace, root_key
 from lmcache.core.layout import PageLayout, region_of
-from lmcache.core.slab import Slab
+from lmcache.core.slab import CONTROL_BYTES, Slab
 from lmcache.core.tiers import Tiers
 from lmcache.plugins.manager import PluginManager
 
@@ -139,7 +139,7 @@ def lookups() -> dict[str, Any]:
 def index(policy: str, chunks: int = 1_000_000, evictions: int = 50_000) -> dict[str, Any]:
     """Memory per chunk, and the time to evict one and put another in its place."""
     geometry = Geometry(1, 1, (64,), bytes(32))
-    size = (chunks + 1) * 4096
+    size = CONTROL_BYTES + chunks * 4096
     slab = Slab.create(size)
     keys = [ChunkKey(blake3(b"%d" % number).digest()) for number in range(chunks + evictions)]
     held = sum(sys.getsizeof(key) for key in keys[:chunks])

@@ -66,6 +66,8 @@ class Attachment(CacheClient):
     flights: Flights
     visits: list[Visit]
     number: int
+    owned: bool = True
+    """Whether the decider and its tiers end with it."""
     on_close: list[Callable[[], None]] = field(default_factory=list)
     """Called in turn when the attachment ends, while its tiers are still open."""
 
@@ -77,11 +79,16 @@ class Attachment(CacheClient):
         chunk_size: int,
         build: Callable[[Geometry], tuple[Decider, Tiers]],
         timeout_s: float,
+        *,
+        words: Sequence[int] | None = None,
     ) -> Attachment:
         """Visit every mover, have `build` make the decider, and hand its slab to all of them.
 
-        Raises `HandoverError` if a mover is missing; then nothing has been built or is kept.
+        Where several engines share a decider, `words` are the numbers of these movers among all,
+        and the decider outlives the attachment. Raises `HandoverError` if a mover is missing; then
+        nothing has been built or is kept.
         """
+        numbers = range(movers) if words is None else words
         visits: list[Visit] = []
         built: tuple[Decider, Tiers] | None = None
         try:
@@ -99,6 +106,7 @@ class Attachment(CacheClient):
                     Grant(
                         attachment=number,
                         slab_bytes=decider.slab.size,
+                        word=numbers[visit.hello.number],
                         pages_per_chunk=geometry.pages_per_chunk,
                         slices=geometry.slices,
                         layout=geometry.layout,
@@ -109,11 +117,12 @@ class Attachment(CacheClient):
         except BaseException:
             for visit in visits:
                 visit.close()
-            if built:
+            if built and words is None:
                 built[1].close()
                 built[0].slab.close()
             raise
-        return cls(decider, tiers, geometry, Flights(decider, geometry, movers), visits, number)
+        flights = Flights(decider, geometry, numbers)
+        return cls(decider, tiers, geometry, flights, visits, number, owned=words is None)
 
     def lookup(self, owner: str, chain: KeyChain, stop: int) -> Hit | None:
         """From the slab at once, from slower tiers later."""
@@ -166,7 +175,8 @@ class Attachment(CacheClient):
     def close(self) -> None:
         """Let go of the movers and the tiers. The slab goes with its last mapping."""
         with ExitStack() as stack:  # an error in one of them must not leak the others
-            stack.callback(self.tiers.close)
+            if self.owned:
+                stack.callback(self.tiers.close)
             for visit in self.visits:
                 stack.callback(visit.close)
             for call in reversed(self.on_close):

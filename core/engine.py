@@ -69,7 +69,7 @@ class CacheEngine:
         self.tiers = tiers
         self._namespace = replace(namespace, layout=layout.fingerprint)
         self._mover = Mover(layout, self.geometry, decider.slab)
-        self._flights = Flights(decider, self.geometry, 1)
+        self._flights = Flights(decider, self.geometry, [0])
         self._owners = count()
 
     def chain(

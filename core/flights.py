@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from lmcache.core.slab import MOVER_BYTES, WORD
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lmcache.core.decider import Decider
     from lmcache.core.geometry import Geometry
     from lmcache.core.index import Slot
@@ -36,10 +38,11 @@ class Flight:
 class Flights:
     """The steps sent to the movers of one engine, in order. Guarded by the decider's lock."""
 
-    def __init__(self, decider: Decider, geometry: Geometry, movers: int) -> None:
+    def __init__(self, decider: Decider, geometry: Geometry, movers: Sequence[int]) -> None:
+        """`movers` are the numbers of its movers among all that map the slab."""
         self._decider = decider
         self._geometry = geometry
-        self._movers = range(movers)
+        self._movers = movers
         self._air: deque[Flight] = deque()
         self._sent = 0
 

@@ -9,8 +9,8 @@ from itertools import accumulate
 from blake3 import blake3
 
 from lmcache.core.errors import ConfigError
-from lmcache.core.objects import HEADER_BYTES, TAGS
-from lmcache.core.slab import MAX_MOVERS, WORD
+from lmcache.core.objects import HEADER_BYTES, MAX_SLICES, TAGS
+from lmcache.core.slab import WORD
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Geometry:
     """Digest over the layouts of all slices."""
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.slices) <= MAX_MOVERS:
-            raise ConfigError(f"{len(self.slices)} slices; between 1 and {MAX_MOVERS} fit")
+        if not 1 <= len(self.slices) <= MAX_SLICES:
+            raise ConfigError(f"{len(self.slices)} slices; between 1 and {MAX_SLICES} fit")
 
     @property
     def chunk_tokens(self) -> int:

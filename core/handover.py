@@ -56,6 +56,8 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     attachment: int
     """What a step must name to be meant for this slab and no earlier or later one."""
     slab_bytes: int
+    word: int
+    """The mover's number among all that map this slab."""
     pages_per_chunk: int
     slices: tuple[int, ...]
     layout: bytes

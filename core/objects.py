@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_intdigest
 
-from lmcache.core.slab import MAX_MOVERS, WORD
+from lmcache.core.slab import WORD
 
 if TYPE_CHECKING:
     from lmcache.core.geometry import Geometry
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 MAGIC = b"LMCOBJ\r\n"
 VERSION = 1
-HEADER_BYTES = 128 + MAX_MOVERS * WORD.size
+MAX_SLICES = 64
+"""An object has one word for each, to say that it is there."""
+HEADER_BYTES = 128 + MAX_SLICES * WORD.size
 """640: the payload that follows stays aligned to 128 bytes."""
 TAGS = 128
 

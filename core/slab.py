@@ -12,8 +12,8 @@ import weakref
 from contextlib import suppress
 
 WORD = struct.Struct("<Q")
-CONTROL_BYTES = 4096
-"""The slab's first bytes: one cache line of words per mover. Slots follow."""
+CONTROL_BYTES = 65536
+"""The slab's first bytes: one cache line of words per mover, of all engines. Slots follow."""
 MOVER_BYTES = 64
 MAX_MOVERS = CONTROL_BYTES // MOVER_BYTES
 

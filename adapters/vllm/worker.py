@@ -112,12 +112,11 @@ class WorkerSide:
             slices=grant.slices,
             layout=grant.layout,
         )
-        parallel = self._vllm_config.parallel_config
         mover = Mover(
             self._layout,
             geometry,
             Slab(fd, grant.slab_bytes),
-            number=parallel.rank,
+            number=grant.word,
             slice_index=slice_of(self._vllm_config),
             writes=grant.writes,
             tensors=self._tensors,

@@ -47,7 +47,7 @@ class Worker:
             self.pages.layout,
             geometry,
             Slab(fd, grant.slab_bytes),
-            number=self.number,
+            number=grant.word,
             slice_index=self.slice_index,
             writes=grant.writes,
         )

@@ -52,7 +52,7 @@ class Rank:
                 layout=grant.layout,
             ),
             Slab(fd, grant.slab_bytes),
-            number=self.number,
+            number=grant.word,
             slice_index=self.slice_index,
             writes=grant.writes,
         )
@@ -173,7 +173,10 @@ class TestGeometry:
             ([rig.hello(0), rig.hello(1, slice_index=2)], "slices [0, 2]; some are missing"),
             ([rig.hello(0, slice_index=1)], "slices [1]; some are missing"),
             ([rig.hello(0, slice_index=-1)], "some are missing"),
-            ([rig.hello(n, slice_index=0) for n in range(MAX_MOVERS + 1)], "words for 64"),
+            (
+                [rig.hello(n, slice_index=0) for n in range(MAX_MOVERS + 1)],
+                f"words for {MAX_MOVERS}",
+            ),
         ],
         ids=[
             "tokens",
@@ -296,6 +299,65 @@ class TestSlices:
             for rank in ranks:
                 assert rank.pages.wrong(rig.tokens(CHUNK, seed), range(24, 28), CHUNK) == []
         rig.assert_idle(engine.cache.decider)
+
+
+class TestSeveralEngines:
+    """Two engines of two ranks each, and one decider that outlives them."""
+
+    @pytest.fixture
+    def shared(self, workshop):
+        return pair(workshop.decider(8))
+
+    @pytest.fixture
+    def join(self, workshop, shared):
+        def join(name, words):
+            ranks = [Rank(workshop, name, number) for number in range(2)]
+            made = Attachment.open(name, 2, CHUNK, lambda g: shared, 2.0, words=words)
+            workshop.later(made.close)
+            return ranks, Engine(made)
+
+        return join
+
+    def test_one_computes_and_the_other_loads(self, engine, join, shared):
+        (ranks, first), (others, second) = join(engine, [4, 5]), join(engine + "b", [900, 1023])
+        assert [rank.grant.word for rank in (*ranks, *others)] == [4, 5, 900, 1023]
+        sequence = rig.tokens(2 * CHUNK)
+        for rank in ranks:
+            rank.pages.compute(sequence, range(8))
+        first.store(ranks, sequence, range(8))
+        hit, failed = second.load(others, sequence, range(8, 16))
+        assert (hit.tokens, failed) == (2 * CHUNK, [])
+        for rank in others:
+            assert rank.pages.wrong(sequence, range(8, 16), hit.tokens) == []
+        rig.assert_idle(shared[0])
+
+    def test_what_one_has_in_the_air_does_not_land_with_the_other(self, engine, join, shared):
+        (_, first), (others, second) = join(engine, [0, 1]), join(engine + "b", [2, 3])
+        first.plan_store(rig.tokens(CHUNK), range(4))
+        second.store(others, rig.tokens(CHUNK, 1), range(4))
+        first.cache.flights.settle()
+        assert (len(first.cache.flights), len(second.cache.flights)) == (1, 0)
+        assert len(shared[0]) == 1
+        first.cache.flights.ground()
+        rig.assert_idle(shared[0])
+
+    def test_what_one_stored_outlives_it(self, engine, join):
+        ranks, first = join(engine, [0, 1])
+        sequence = rig.tokens(CHUNK)
+        for rank in ranks:
+            rank.pages.compute(sequence, range(4))
+        first.store(ranks, sequence, range(4))
+        first.cache.close()
+        others, second = join(engine + "b", [2, 3])
+        hit, failed = second.load(others, sequence, range(4))
+        assert (hit.tokens, failed) == (CHUNK, [])
+
+    def test_an_engine_that_cannot_attach_leaves_the_decider_alone(self, engine, join, shared):
+        ranks, first = join(engine, [0, 1])
+        with pytest.raises(HandoverError):
+            Attachment.open("nobody", 1, CHUNK, lambda g: shared, 0.1, words=[2])
+        first.store(ranks, rig.tokens(CHUNK), range(4))
+        assert len(shared[0]) == 1
 
 
 class TestTwins:

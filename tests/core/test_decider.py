@@ -59,7 +59,7 @@ class AnyOrder(RuleBasedStateMachine):
             slots, policy=policy(), keep=keep, lease_s=LEASE_S, clock=self.clock
         )
         self.made.on_commit = self.offered
-        self.flights = Flights(self.made, self.geometry, 1)
+        self.flights = Flights(self.made, self.geometry, [0])
         self.reserved = []
         self.complete = {}
         self.evicted = set()
@@ -527,7 +527,7 @@ class TestLeases:
     def test_a_lease_in_flight_has_no_deadline(self, made):
         store(made, rig.tokens(4 * CHUNK))
         hit = lookup(made, rig.tokens(4 * CHUNK))
-        flights = Flights(made, GEOMETRY, 1)
+        flights = Flights(made, GEOMETRY, [0])
         flights.depart([], [hit.lease], [])
         later = lookup(made, rig.tokens(4 * CHUNK), CHUNK)
         made._clock.now += 100 * LEASE_S

@@ -19,7 +19,7 @@ class Scene:
         self.clock = rig.Clock()
         self.decider = workshop.decider(4, clock=self.clock, lease_s=10.0, **options)
         self.geometry = rig.geometry(slices)
-        self.flights = Flights(self.decider, self.geometry, movers)
+        self.flights = Flights(self.decider, self.geometry, range(movers))
 
     @property
     def counters(self):

@@ -105,7 +105,7 @@ class Hammer:
         self.decider = workshop.decider(SLOTS, keep=keep, policy=policy(), lease_s=0.005)
         self.tiers = workshop.tiers(self.decider, backend, fetch_timeout_s=0.02, queue=4)
         self.geometry = rig.geometry(RANKS)
-        self.flights = Flights(self.decider, self.geometry, RANKS)
+        self.flights = Flights(self.decider, self.geometry, range(RANKS))
         self.ranks = []
         for number in range(RANKS):
             pages = rig.Pages(64, slice_index=number)

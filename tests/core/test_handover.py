@@ -26,11 +26,12 @@ from lmcache.core.handover import (
     Visit,
     address_of,
 )
-from lmcache.core.slab import Slab
+from lmcache.core.slab import CONTROL_BYTES, Slab
 
 NOTICE_S = 2.0
 GRANT = {
     "attachment": 7,
+    "word": 0,
     "pages_per_chunk": rig.PAGES_PER_CHUNK,
     "slices": (rig.PAGE_BYTES,),
     "layout": bytes(32),
@@ -71,7 +72,7 @@ def house(workshop):
 
 @pytest.fixture
 def slab(workshop):
-    made = Slab.create(1 << 16)
+    made = Slab.create(1 << 17)
     workshop.later(made.close)
     return made
 
@@ -220,18 +221,18 @@ class TestTwoProcesses:
         one.grant(grant_for(slab), slab.fd)
         sequence = rig.tokens(rig.CHUNK_TOKENS)
         mover.do("compute", tokens=sequence, table=[0, 1, 2, 3])
-        mover.do("store", moves=[[4096, 99, 4, 0, [0, 1, 2, 3]]], step=5)
+        mover.do("store", moves=[[CONTROL_BYTES, 99, 4, 0, [0, 1, 2, 3]]], step=5)
         assert slab.read_word(0) == 5
         geometry = rig.geometry()
-        assert slab.read_word(4096 + geometry.tag_offset(0)) == 99
-        start = 4096 + geometry.payload_offset(0, 4)
+        assert slab.read_word(CONTROL_BYTES + geometry.tag_offset(0)) == 99
+        start = CONTROL_BYTES + geometry.payload_offset(0, 4)
         stored = bytes(slab.view[start : start + 4 * rig.PAGE_BYTES])
         pages = b"".join(rig.content(sequence, page) for page in range(4))
         assert sorted(stored) == sorted(pages)
         slab.write_word(8192, 2**64 - 1)
         assert mover.do("word", offset=8192) == 2**64 - 1
         mover.do("poison")
-        assert mover.do("load", moves=[[4096, 99, 4, 0, [7, 6, 5, 4]]]) == []
+        assert mover.do("load", moves=[[CONTROL_BYTES, 99, 4, 0, [7, 6, 5, 4]]]) == []
         assert mover.do("wrong", tokens=sequence, table=[7, 6, 5, 4], stop=16) == []
 
     def test_a_killed_mover_is_noticed(self, mover, engine, slab, visit):

@@ -48,6 +48,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.utils import allocate_kv_cache
 
+from lmcache.core.slab import CONTROL_BYTES
+
 PAGE = 4
 CHUNK = 16
 LAYERS = 2
@@ -120,7 +122,7 @@ class Engine:
         pages: int = 200,
         budget: int = 64,
         prefix_caching: bool = False,
-        slab_bytes: int = 4 << 20,
+        room_bytes: int = 4 << 20,
         role: str = "kv_both",
         options: dict[str, Any] | None = None,
         extra: dict[str, Any] | None = None,
@@ -137,7 +139,9 @@ class Engine:
         with_workers: bool = True,
         only_rank: int | None = None,
     ) -> None:
-        """`options` are our configuration, `extra` the rest of `kv_connector_extra_config`."""
+        """`room_bytes` are for slots; `options` are our configuration, `extra` the rest of
+        `kv_connector_extra_config`.
+        """
         self.mla = mla
         self._numbers = range(ranks) if only_rank is None else [only_rank]
         self.finished: dict[str, str] = {}
@@ -148,6 +152,7 @@ class Engine:
         self.steps: list[Any] = []
         """What the scheduling side told the workers, step by step."""
         self.asynchronous = asynchronous
+        slab_bytes = CONTROL_BYTES + room_bytes
         settings = {"chunk_size": CHUNK, "max_local_cpu_size": slab_bytes / GIB, **(options or {})}
         transfer = {
             "kv_connector": "LMCacheConnectorV1",
