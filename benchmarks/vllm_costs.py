@@ -66,6 +66,11 @@ class Engine:
         answer: Answer = self._pipe.recv()
         return answer
 
+    def switch(self, *, connector: bool) -> None:
+        """Have vLLM use the connector it was started with, or do as if there were none."""
+        self._pipe.send(("switch", connector))
+        self._pipe.recv()
+
     def reset(self) -> None:
         """Empty vLLM's own prefix cache."""
         self._pipe.send(("reset",))
@@ -104,6 +109,7 @@ def _time_hooks() -> list[float]:
 def _serve(pipe: Connection, model: str, lmcache: bool) -> None:
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer import kv_transfer_state
 
     hooks = _time_hooks() if lmcache else [0.0]
     transfer = KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role="kv_both")
@@ -114,8 +120,16 @@ def _serve(pipe: Connection, model: str, lmcache: bool) -> None:
         enable_prefix_caching=True,
         kv_transfer_config=transfer if lmcache else None,
     )
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    used = scheduler.connector, kv_transfer_state._KV_CONNECTOR_AGENT
     pipe.send("ready")
     while call := pipe.recv():
+        if call[0] == "switch":
+            scheduler.connector, kv_transfer_state._KV_CONNECTOR_AGENT = (
+                used if call[1] else (None, None)
+            )
+            pipe.send(None)
+            continue
         if call[0] == "reset":
             llm.reset_prefix_cache()
             pipe.send(None)
@@ -173,20 +187,28 @@ def _pair(
             for prompt in _prompts(0, WARM_UP):
                 engines[lmcache].ask(prompt)
         cached, plain = engines[True], engines[False]
-        return _misses(cached, plain, number), _hits(cached, plain, number)
+        return _misses(cached, number), _hits(cached, plain, number)
     finally:
         for engine in engines.values():
             engine.close()
 
 
-def _misses(cached: Engine, plain: Engine, seed: int) -> list[tuple[float, float]]:
-    """Requests that share nothing: seconds with us over without, and our hooks' share of them."""
+def _misses(engine: Engine, seed: int) -> list[tuple[float, float]]:
+    """Requests that share nothing: seconds with us over without, and our hooks' share of them.
+
+    In one process, whose connector is switched on and off: two would differ by more than it costs.
+    """
     ratios = []
-    for number, prompt in enumerate(_prompts(10 + seed, MISSES)):
-        order = (cached, plain) if number % 2 else (plain, cached)
-        answers = {engine: engine.ask(prompt, max_tokens=16) for engine in order}
-        ours, theirs = answers[cached], answers[plain]
+    prompts = _prompts(10 + seed, 2 * MISSES)
+    for number in range(MISSES):
+        answers = {}
+        for connector in (True, False) if number % 2 else (False, True):
+            engine.switch(connector=connector)
+            answers[connector] = engine.ask(prompts.pop(), max_tokens=16)
+        assert answers[True].hooks > 0 == answers[False].hooks, "the switch must switch"
+        ours, theirs = answers[True], answers[False]
         ratios.append((ours.seconds / theirs.seconds, ours.hooks / ours.seconds))
+    engine.switch(connector=True)
     return ratios
 
 
