@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 2_200
 PAIRS = 4
 """Two processes with the same engine can differ by more than what is measured here."""
-MISSES = 8
+MISSES = 24
 HITS = 3
 WARM_UP = 6
 ENVIRONMENT = {
@@ -159,6 +159,7 @@ def run(model: str) -> dict[str, Any]:
         "misses": {
             "hooks_percent": statistics.median(share for _, share in misses) * 100,
             "overhead_percent": _percent(misses),
+            "quartiles": dict(zip(("lower", "upper"), _quartiles(misses), strict=True)),
             "by_pair_of_engines": {str(i): _percent(misses) for i, (misses, _) in enumerate(both)},
         },
         "hits": {
@@ -174,6 +175,11 @@ def run(model: str) -> dict[str, Any]:
 
 def _percent(misses: list[tuple[float, float]]) -> float:
     return (statistics.median(ratio for ratio, _ in misses) - 1) * 100
+
+
+def _quartiles(misses: list[tuple[float, float]]) -> tuple[float, float]:
+    lower, _, upper = statistics.quantiles(ratio for ratio, _ in misses)
+    return (lower - 1) * 100, (upper - 1) * 100
 
 
 def _pair(
