@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import secrets
-import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from lmcache.core.client import CacheClient
-from lmcache.core.errors import ConfigError, HandoverError, LMCacheError, PluginError
+from lmcache.core.errors import HandoverError
 from lmcache.core.flights import Flights
 from lmcache.core.geometry import Geometry, combined_layout, pages_per_chunk
 from lmcache.core.handover import Grant, Visit, address_of
-from lmcache.core.log import init_logger
 from lmcache.core.slab import MAX_MOVERS
 
 if TYPE_CHECKING:
@@ -25,10 +23,6 @@ if TYPE_CHECKING:
     from lmcache.core.index import Slot
     from lmcache.core.receipts import Reason
     from lmcache.core.tiers import Tiers
-
-logger = init_logger(__name__)
-
-Answer = TypeVar("Answer")
 
 
 def geometry_of(hellos: list[Hello], chunk_size: int) -> Geometry:
@@ -172,6 +166,15 @@ class Attachment(CacheClient):
         """Whether every mover is alive. Never blocks."""
         return all(visit.is_alive() for visit in self.visits)
 
+    def leave(self) -> None:
+        """Have every mover let go of the slab. Never blocks."""
+        for visit in self.visits:
+            visit.leave()
+
+    def is_silent(self) -> bool:
+        """Whether no mover touches the slab any more: each has let go, or is dead. Never blocks."""
+        return not any(visit.is_alive() for visit in self.visits)
+
     def close(self) -> None:
         """Let go of the movers and the tiers. The slab goes with its last mapping."""
         with ExitStack() as stack:  # an error in one of them must not leak the others
@@ -181,79 +184,3 @@ class Attachment(CacheClient):
                 stack.callback(visit.close)
             for call in reversed(self.on_close):
                 stack.callback(call)
-
-
-class Joining:
-    """Keeps trying to be attached, on a thread of its own, so that the scheduler never waits."""
-
-    FIRST_WAIT_S = 2.0
-    PAUSES_S = (0.1, 0.3, 1.0, 3.0, 10.0)
-    WATCH_S = 0.5
-    LOSS_S = 2.0
-    """An engine that shuts down loses its movers first, and that is nothing to warn of."""
-
-    def __init__(self, attach: Callable[[], Attachment]) -> None:
-        """`attach` is called until it succeeds, and again whenever a mover dies.
-
-        Returns after the first attempt or `FIRST_WAIT_S`, whichever comes first. Raises what the
-        first attempt raised if trying again would not help: `ConfigError` or `PluginError`.
-        """
-        self._attach = attach
-        self._current: Attachment | None = None
-        self._hopeless: LMCacheError | None = None
-        self._tried = threading.Event()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lmcache-joining", daemon=True)
-        self._thread.start()
-        self._tried.wait(self.FIRST_WAIT_S)
-        if self._hopeless:
-            self.close()
-            raise self._hopeless
-
-    def current(self) -> Attachment | None:
-        """The attachment, if there is one. Never blocks."""
-        return self._current
-
-    def close(self) -> None:
-        """Stop trying, and let go of what is attached."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        failures = 0
-        while not self._stop.is_set():
-            try:
-                self._current = self._attempt(self._attach)
-            except LMCacheError as error:
-                if failures == 0:
-                    if isinstance(error, (ConfigError, PluginError)):
-                        self._hopeless = error
-                    logger.warning("serving without a cache for now: %s", error)
-                pause = self.PAUSES_S[min(failures, len(self.PAUSES_S) - 1)]
-                failures += 1
-                self._tried.set()
-                self._stop.wait(pause)
-                continue
-            failures = 0
-            self._tried.set()
-            self._watch(self._current)
-            if not self._stop.wait(self.LOSS_S):
-                logger.warning("a mover is gone; serving without a cache until it is back")
-
-    def _watch(self, attachment: Attachment) -> None:
-        while attachment.is_whole() and not self._stop.is_set():
-            self._stop.wait(self.WATCH_S)
-        self._current = None
-        try:
-            self._attempt(attachment.close)
-        except LMCacheError as error:
-            logger.warning("while detaching: %s", error)
-
-    def _attempt(self, what: Callable[[], Answer]) -> Answer:
-        """Whatever goes wrong, this thread must go on: no memory, or an error of a plugin's own."""
-        try:
-            return what()
-        except LMCacheError:
-            raise
-        except Exception as error:
-            raise HandoverError(repr(error)) from error

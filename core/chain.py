@@ -32,9 +32,14 @@ class KeyChain:
         self.page_tokens = page_tokens
         self.pages_per_chunk = pages_per_chunk
         self.chunk_tokens = page_tokens * pages_per_chunk
-        self._inserts = tuple(inserts)
+        self.inserts = tuple(inserts)
         self._keys: list[ChunkKey] = [root]
         self._tails: dict[tuple[int, int], ChunkKey] = {}
+
+    @property
+    def root(self) -> ChunkKey:
+        """The key before the first token."""
+        return self._keys[0]
 
     def key(self, chunk: int) -> ChunkKey:
         """The key of full chunk number `chunk`, counted from 0."""
@@ -69,4 +74,4 @@ class KeyChain:
         start = chunk * self.chunk_tokens
         tokens = self.tokens[start : start + length]
         assert len(tokens) == length, "key asked for beyond the last token"
-        return next_key(self._keys[chunk], tokens, start, self._inserts)
+        return next_key(self._keys[chunk], tokens, start, self.inserts)

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from lmcache.core.config_keys import Config, expected
 from lmcache.core.environment import (
+    ENGINE_VARIABLES,
     PREFIX,
     TEST_PREFIX,
     VARIABLES,
@@ -138,7 +139,9 @@ def _read_environment(env: Mapping[str, str]) -> Iterator[_Entry]:
         key = rest.lower() if rest.isupper() else name
         is_key = key in Config.model_fields or is_ignored_key(key)
         is_known = is_key or name in VARIABLES or is_upstream_variable(rest)
-        is_foreign = name.startswith(TEST_PREFIX) or is_service_link(name, env)
+        is_foreign = (
+            name.startswith(TEST_PREFIX) or name in ENGINE_VARIABLES or is_service_link(name, env)
+        )
         if (is_key or not is_known) and not is_foreign:
             yield _Entry(name, key, env[name].strip(), f"environment variable {name}")
 

@@ -114,7 +114,23 @@ class Decider:
         """The entry of a complete chunk, or `ABSENT`; valid while leased or under the lock."""
         return self._index.find(key)
 
+    @property
+    def policy_name(self) -> str:
+        """What the eviction policy calls itself."""
+        return type(self._policy).__name__.removesuffix("Policy")
+
     # ---- reading
+
+    def peek(self, chain: KeyChain, stop: int) -> tuple[list[tuple[ChunkKey, int]], Reason]:
+        """Key and pages of each chunk that a lookup would find, and why it would stop there.
+
+        Nothing is leased, and no eviction is put off.
+        """
+        chain.extend(stop)
+        with self.lock:
+            entries, reason = self._walk(chain, stop)
+            pages = [self._index.pages[entry] for entry in entries]
+        return [(chain.part(chunk, count), count) for chunk, count in enumerate(pages)], reason
 
     def lookup(self, owner: str, chain: KeyChain, geometry: Geometry, stop: int) -> Hit:
         """Lease the longest stored prefix of the first `stop` tokens, in whole pages."""

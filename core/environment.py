@@ -18,9 +18,15 @@ VARIABLES = {
     "LMCACHE_DISABLED_PLUGINS": "Names of plugins not to load, separated by commas.",
     "LMCACHE_FORCE_SKIP_SAVE": "A flag: store nothing, only load.",
     "LMCACHE_LOG_LEVEL": "Level of the `lmcache` logger, e.g. `DEBUG`.",
+    "LMCACHE_MP_TRANSFER_MODE": "Who copies between an engine and a server: `auto`,"
+    " `engine_driven` or `lmcache_driven`; an engine's own option wins.",
+    "LMCACHE_TOKEN": "What an engine, or a person, must show a server that was started with it.",
     "LMCACHE_TRACE_PLUGINS": "A flag: print every call of a plugin's hook to stderr.",
 }
 """Variables that mean something here without being configuration keys."""
+
+ENGINE_VARIABLES = {"LMCACHE_USE_UPSTREAM_MP"}
+"""Variables that begin like ours and are an engine's."""
 
 
 TEST_PREFIX = "LMCACHE_TEST_"
@@ -38,6 +44,11 @@ def is_service_link(name: str, env: Mapping[str, str]) -> bool:
         or (name == f"{service}_PORT" and "://" in env[name])
         for service in services
     )
+
+
+def environment_text(name: str, default: str = "", env: Mapping[str, str] = os.environ) -> str:
+    """The variable's text; unset or empty means `default`."""
+    return env.get(name, "").strip() or default
 
 
 def environment_flag(name: str, env: Mapping[str, str] = os.environ) -> bool:

@@ -5,6 +5,7 @@
   x PluginError        a plugin cannot be loaded, or two plugins claim one name
   x LayoutError        the engine's KV layout is not one we can copy safely
   x HandoverError      the processes of one engine could not agree on a shared slab
+  x ServiceError       the cache server cannot be reached, or is not understood
   x BackendError       a storage backend failed; the tier counts it and answers "miss"
     + BackendClosed
     + Unsupported
@@ -31,6 +32,10 @@ class LayoutError(LMCacheError):
 
 class HandoverError(LMCacheError):
     """The processes of one engine could not agree on a shared slab."""
+
+
+class ServiceError(LMCacheError):
+    """The cache server cannot be reached in time, or one side does not understand the other."""
 
 
 class BackendError(LMCacheError):

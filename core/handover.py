@@ -3,7 +3,9 @@
 Each mover listens on a Unix socket whose name follows from the engine's id; it can do so before
 the decider exists. The decider connects, reads a `Hello` from every mover, reserves a slab that
 fits their pages, and answers each with a `Grant` and the slab's file descriptor. The connection
-stays open for as long as both live: its end is how each learns of the other's death.
+stays open for as long as both live: its end is how each learns of the other's death. A decider
+that leaves half-closes it, and the mover closes it when it has let go of the slab: so its end
+always means that the mover touches the slab no more.
 """
 
 from __future__ import annotations
@@ -129,10 +131,20 @@ class Door:
     GRANT_S = 60.0
     """How long a decider may take from `Hello` to `Grant`: it visits others and opens its tiers."""
 
-    def __init__(self, address: str, hello: Hello, granted: Callable[[Grant, int], None]) -> None:
-        """`granted(grant, fd)` is called on the door's thread and owns `fd` from then on."""
+    def __init__(
+        self,
+        address: str,
+        hello: Hello,
+        granted: Callable[[Grant, int], None],
+        left: Callable[[], None],
+    ) -> None:
+        """`granted(grant, fd)` owns `fd` from then on; `left()` returns when nothing uses the slab.
+
+        Both are called on the door's thread; `left` also if nothing was granted.
+        """
         self._hello = hello
         self._granted = granted
+        self._left = left
         self._address = address
         self._visitor: socket.socket | None = None
         self._closed = False
@@ -183,10 +195,12 @@ class Door:
             self._take(grant, fds[0])
             sock.sendall(b"\1")
             sock.settimeout(None)
-            sock.recv(1)  # returns when the decider is gone
+            sock.recv(1)  # returns when the decider is gone or leaves
         except (OSError, HandoverError) as error:
             # the decider sees the closed connection
             logger.debug("no slab from the decider: %s", error)
+        finally:
+            self._left()
 
     def _take(self, grant: Grant, fd: int) -> None:
         try:
@@ -229,8 +243,13 @@ class Visit:
         except OSError as error:
             raise HandoverError(f"the mover did not take the slab: {error}") from error
 
+    def leave(self) -> None:
+        """Have the mover let go of the slab; `is_alive` says when it has. Never blocks."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
     def is_alive(self) -> bool:
-        """Whether the mover's process still holds its end, and we ours. Never blocks."""
+        """Whether the mover may still touch the slab, and we hold our end. Never blocks."""
         try:
             self._sock.setblocking(False)
             return self._sock.recv(1) != b""

@@ -7,10 +7,9 @@ more than the chunks are worth.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from lmcache.core.keys import ChunkKey
+from lmcache.core.keys import ChunkKey  # noqa: TC001 - read where slots are decoded
 
 ABSENT = -1
 

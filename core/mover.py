@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from lmcache.core.gate import Gate
 from lmcache.core.kernels.host import HostPages
 from lmcache.core.kernels.plan import Planner, Span
 from lmcache.core.slab import CONTROL_BYTES, MOVER_BYTES, WORD
@@ -86,19 +87,21 @@ class Mover:
         self._writes = writes
         self._pages = _pages_of(layout, slab, tensors, threads)
         self._warmer = Warmer(slab)
+        self._gate = Gate()
 
     def store(self, moves: Sequence[Move], region: int | None = None) -> int:
         """Copy pages into slots; returns the bytes copied. `publish` makes the slots complete."""
-        if not self._writes or not moves:
-            return 0
-        size = self._copy(moves, region, to_slab=True)
+        with self._gate.passage() as admitted:
+            if not admitted or not self._writes or not moves:
+                return 0
+            size = self._copy(moves, region, to_slab=True)
         self._warmer.used(max(m.offset + self._geometry.slot_bytes(m.slot_pages) for m in moves))
         return size
 
     def publish(self, moves: Sequence[Move]) -> None:
         """Every region of `moves` has been stored. A slot not stored whole stays incomplete."""
-        if self._writes:
-            for move in moves:
+        with self._gate.passage() as admitted:
+            for move in moves if admitted and self._writes else ():
                 if len(move.pages) == move.slot_pages:
                     self._slab.write_word(self._tag(move), move.generation)
 
@@ -107,27 +110,38 @@ class Mover:
 
         The pages of a failed move hold garbage. With `region`, only that one is copied.
         """
-        good = [move for move in moves if self._is_there(move)]
-        size = self._copy(good, region, to_slab=False)
-        intact = {id(move) for move in good if self._is_there(move)}
+        with self._gate.passage() as admitted:
+            good = [move for move in moves if admitted and self._is_there(move)]
+            size = self._copy(good, region, to_slab=False)
+            intact = {id(move) for move in good if self._is_there(move)}
         return size, [move for move in moves if id(move) not in intact]
 
     def finish(self, step: int) -> None:
         """Tell the decider that every copy of `step` has ended, one way or the other."""
-        self._slab.write_word(self._number * MOVER_BYTES, step)
+        self._write_word(self._number * MOVER_BYTES, step)
 
     def spoil(self, step: int) -> None:
         """What any mover stored in `step` may have been computed from pages without content.
 
         To be said before `finish`; nothing stored up to that step and not yet settled is kept.
         """
-        self._slab.write_word(self._number * MOVER_BYTES + WORD.size, step)
+        self._write_word(self._number * MOVER_BYTES + WORD.size, step)
+
+    def retire(self) -> None:
+        """Leave the slab alone: returns when the copy under way has ended, and all others fail."""
+        self._gate.shut()
 
     def close(self) -> None:
         """End the threads and unmap the slab."""
+        self.retire()
         self._warmer.close()
         self._pages.close()
         self._slab.close()
+
+    def _write_word(self, offset: int, value: int) -> None:
+        with self._gate.passage() as admitted:
+            if admitted:
+                self._slab.write_word(offset, value)
 
     def _tag(self, move: Move) -> int:
         return self._inside(move) + self._geometry.tag_offset(self._slice)

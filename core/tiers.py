@@ -88,6 +88,13 @@ class Tiers:
         """Return when everything offered so far has been written or refused."""
         self._writes.pool.wait()
 
+    def describe(self) -> list[dict[str, object]]:
+        """Each tier, for people."""
+        return [
+            {"name": tier.name, "awake": tier.is_awake(), "failures_in_a_row": tier.failures}
+            for tier in self._tiers
+        ]
+
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Finish the writes under way and close the backends, but wait no longer than this.
 

@@ -1,61 +1,31 @@
-"""The class vLLM loads: every hook it calls, and the wall that keeps our errors from the engine."""
+"""The class vLLM loads in-process: every hook it calls."""
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lmcache.adapters.vllm.live import LIVE
 from lmcache.adapters.vllm.scheduler import SchedulerSide
 from lmcache.adapters.vllm.step import Step
 from lmcache.adapters.vllm.translate import namespace_of
+from lmcache.adapters.vllm.wall import TOLERATED, Wall, guarded, nothing
 from lmcache.adapters.vllm.worker import WorkerSide
 from lmcache.core.assembly import assemble
-from lmcache.core.attachment import Attachment, Joining
+from lmcache.core.attachment import Attachment
 from lmcache.core.config import load_config
 from lmcache.core.errors import LMCacheError
+from lmcache.core.joining import Joining
 from lmcache.core.log import init_logger
 from lmcache.core.metrics import Exporter
 from lmcache.plugins.manager import PluginManager
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
     from vllm.config import VllmConfig
 
     from lmcache.core.config import Config
 
 logger = init_logger(__name__)
-
-Answer = TypeVar("Answer")
-
-TOLERATED = 3
-"""After so many unexpected errors the connector stays out of the way for good."""
-
-
-def guarded(
-    neutral: Callable[[], Answer],
-) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
-    """Log what goes wrong in a hook and answer `neutral()`: vLLM would end its engine otherwise."""
-
-    def wrap(hook: Callable[..., Answer]) -> Callable[..., Answer]:
-        @functools.wraps(hook)
-        def call(self: LMCacheConnectorV1Impl, *args: Any, **kwargs: Any) -> Answer:
-            if self.errors >= TOLERATED:
-                return neutral()
-            try:
-                return hook(self, *args, **kwargs)
-            except Exception:
-                self._count_error(hook.__name__)
-                return neutral()
-
-        return call
-
-    return wrap
-
-
-def _nothing() -> None: ...
 
 
 def _no_tokens() -> int | None:
@@ -66,12 +36,11 @@ def _no_events() -> list[Any]:
     return []
 
 
-class LMCacheConnectorV1Impl:
+class LMCacheConnectorV1Impl(Wall):
     """vLLM's in-process connector: one instance where it schedules, one in every worker."""
 
     def __init__(self, vllm_config: VllmConfig, role: Any, parent: Any) -> None:
         """Raises `ConfigError` for a configuration that cannot be honoured."""
-        self.errors = 0
         self._parent = parent
         extra = _transfer(vllm_config).kv_connector_extra_config or {}
         config = load_config(extra).config
@@ -86,7 +55,7 @@ class LMCacheConnectorV1Impl:
 
     # ---- worker
 
-    @guarded(_nothing)
+    @guarded(nothing)
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """vLLM has allocated its pages."""
         assert self._worker, "only workers have pages"
@@ -95,7 +64,7 @@ class LMCacheConnectorV1Impl:
         except LMCacheError as error:
             logger.error("LMCache is off for this engine: %s", error)
 
-    @guarded(_nothing)
+    @guarded(nothing)
     def bind_connector_metadata(self, step: Step) -> None:
         """A step begins; `start_load_kv` follows in any case."""
         assert self._worker
@@ -109,7 +78,7 @@ class LMCacheConnectorV1Impl:
         try:
             self._worker.start_load(step, by_layer=by_layer)
         except Exception:
-            self._count_error("start_load_kv")
+            self.count_error("start_load_kv")
             self._worker.give_up(step)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -118,10 +87,10 @@ class LMCacheConnectorV1Impl:
         try:
             self._worker.load_layer(layer_name)
         except Exception:
-            self._count_error("wait_for_layer_load")
+            self.count_error("wait_for_layer_load")
             self._worker.give_up(self._bound())
 
-    @guarded(_nothing)
+    @guarded(nothing)
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
@@ -135,7 +104,7 @@ class LMCacheConnectorV1Impl:
         try:
             self._worker.finish()
         except Exception:
-            self._count_error("wait_for_save")
+            self.count_error("wait_for_save")
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Nothing is asynchronous here."""
@@ -166,7 +135,7 @@ class LMCacheConnectorV1Impl:
         try:
             self._scheduler.allocated(request, num_external_tokens)
         except Exception:
-            self._count_error("update_state_after_alloc")
+            self.count_error("update_state_after_alloc")
 
     def build_connector_meta(self, scheduler_output: Any) -> Step:
         """The copies that go with this step, and the pages nobody will fill after all."""
@@ -175,9 +144,9 @@ class LMCacheConnectorV1Impl:
             if self.errors < TOLERATED:
                 return self._scheduler.build(scheduler_output)
         except Exception:
-            self._count_error("build_connector_meta")
+            self.count_error("build_connector_meta")
             self._scheduler.lose_track()
-        return Step(lost=self._scheduler.lost_pages(scheduler_output))
+        return self._scheduler.without_copies(scheduler_output)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -187,7 +156,7 @@ class LMCacheConnectorV1Impl:
         try:
             return False, self._scheduler.finished(request)
         except Exception:
-            self._count_error("request_finished")
+            self.count_error("request_finished")
             return False, None
 
     def shutdown(self) -> None:
@@ -201,11 +170,6 @@ class LMCacheConnectorV1Impl:
         """The step vLLM's wrapper holds for the worker."""
         step = self._parent._connector_metadata
         return step if isinstance(step, Step) else Step()
-
-    def _count_error(self, where: str) -> None:
-        self.errors += 1
-        if self.errors <= TOLERATED:
-            logger.exception("error %d of %d in %s", self.errors, TOLERATED, where)
 
 
 def _transfer(vllm_config: VllmConfig) -> Any:

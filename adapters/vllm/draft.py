@@ -41,11 +41,13 @@ class Tracked:
     """Tokens whose KV is in the pages after the last step built."""
     loaded: int = 0
     running: bool = False
+    awaited: bool = False
+    """vLLM made room for a load outside the batch and has not computed anything since."""
 
     def restart(self) -> None:
         """vLLM asks about it anew: it was preempted, and its pages are gone."""
         self.pages, self.local, self.load = [], 0, 0
-        self.done, self.computed, self.running = 0, 0, False
+        self.done, self.computed, self.running, self.awaited = 0, 0, False, False
 
 
 class Draft:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lmcache.adapters.vllm.draft import Draft, Tracked
@@ -22,22 +22,42 @@ from lmcache.core.log import init_logger
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lmcache.core.attachment import Joining
     from lmcache.core.client import CacheClient
     from lmcache.core.config import Config
     from lmcache.core.decider import Hit
+    from lmcache.core.joining import Joining
     from lmcache.core.keys import Namespace
 
 logger = init_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Pages that vLLM counts on us to fill, whatever becomes of the cache."""
+
+    first: int
+    stop: int
+    pages: list[int] | None = None
+    """The request's page table, if vLLM waits for the load outside the batch."""
 
 
 class SchedulerSide:
     """Keeps the requests in view and turns vLLM's schedule into steps for the workers."""
 
     def __init__(
-        self, config: Config, namespace: Namespace, joining: Joining, *, role: str, details: bool
+        self,
+        config: Config,
+        namespace: Namespace,
+        joining: Joining[Any],
+        *,
+        role: str,
+        details: bool = False,
+        outside: bool = False,
     ) -> None:
-        """With `details`, each response says how many of its tokens were loaded."""
+        """With `details`, each response says how many of its tokens were loaded.
+
+        With `outside`, requests wait for their loads outside the batch.
+        """
         self._config = config
         self._namespace = namespace
         self._joining = joining
@@ -46,8 +66,11 @@ class SchedulerSide:
             "LMCACHE_FORCE_SKIP_SAVE"
         )
         self._details = details
+        self._outside = outside
         self._tracked: dict[str, Tracked] = {}
-        self._promises: dict[str, range] = {}
+        self._promises: dict[str, Promise] = {}
+        self._due: list[Tracked] = []
+        """Those whose loads go out with the next step, though they are not in its batch."""
         self._cache: CacheClient | None = None
 
     # ---- matching
@@ -58,14 +81,15 @@ class SchedulerSide:
         if cache is None:
             return 0
         tracked = self._track(cache, request)
-        if not tracked.may_load:
-            return 0
+        if not tracked.may_load or tracked.awaited:
+            return 0  # a load that failed is not tried again: the request would wait for ever
         known = tracked.hit
         hit = self._hit(cache, tracked)
         if hit is None:
             return None
         tracked.local = local
-        need: int = max(0, hit.tokens - local - (hit.tokens == request.num_tokens))
+        is_whole = hit.tokens == request.num_tokens and not self._outside
+        need: int = max(0, hit.tokens - local - is_whole)
         if known is None:
             logger.info(
                 "Reqid: %s, Total tokens %d, LMCache hit tokens: %d, need to load: %d",
@@ -79,18 +103,25 @@ class SchedulerSide:
         self._promise(request, local, need)
         return need
 
-    def allocated(self, request: Any, external: int) -> None:
-        """vLLM made room for `external` tokens of ours: as many as we said, fewer or none."""
-        if external == 0:
-            self._promises.pop(request.request_id, None)
+    def allocated(self, request: Any, external: int, pages: list[int] | None = None) -> None:
+        """vLLM made room for `external` tokens of ours: as many as we said, fewer or none.
+
+        With `pages`, its table, the request waits for them outside the batch.
+        """
+        promise = self._promises.pop(request.request_id, None)
+        if external and promise:
+            self._promises[request.request_id] = replace(promise, pages=pages)
         tracked = self._tracked.get(request.request_id)
         if tracked is None or self._cache is None:
             return
         tracked.load = external
         if external:
-            self._promise(request, tracked.local, external)
+            self._promise(request, tracked.local, external, pages)
             if tracked.hit and not self._cache.keeps(tracked.hit, promised=True):
                 tracked.hit = None
+            if pages is not None:
+                tracked.pages, tracked.awaited = pages, True
+                self._due.append(tracked)
             return
         if tracked.hit:
             tracked.done = tracked.hit.tokens
@@ -114,11 +145,15 @@ class SchedulerSide:
     def build(self, scheduled: Any) -> Step:
         """What the workers copy with this step of vLLM."""
         cache = self._attached()
+        due, self._due = self._due, []
         if cache is None:
-            return Step(lost=self.lost_pages(scheduled))
+            return self.without_copies(scheduled)
         draft = Draft(cache, events=self._config.enable_kv_events)
         kept: list[str] = []
         try:
+            for tracked in due:
+                if self._is_current(tracked) and draft.load(tracked):
+                    kept.append(tracked.request.request_id)
             for request_id, pages, before in self._scheduled(scheduled):
                 tracked = self._tracked[request_id]
                 tracked.pages = pages
@@ -131,11 +166,18 @@ class SchedulerSide:
             raise
         for request_id in kept:
             del self._promises[request_id]
-        step.lost = self.lost_pages(scheduled)
+        self._own_up(step, scheduled)
+        return step
+
+    def without_copies(self, scheduled: Any) -> Step:
+        """A step that copies nothing, and says what vLLM must not count on."""
+        step = Step()
+        self._own_up(step, scheduled)
         return step
 
     def lose_track(self) -> None:
         """A step was not built: page tables lack what it brought, and are good for nothing more."""
+        self._due.clear()
         for tracked in self._tracked.values():
             self._let_go(tracked)
         self._tracked.clear()
@@ -160,31 +202,38 @@ class SchedulerSide:
                 pages = old + list(fresh[0]) if fresh else old
                 yield request_id, pages, cached.num_computed_tokens[i]
 
-    def lost_pages(self, scheduled: Any) -> list[int]:
-        """Pages that requests of a step were promised and did not get: vLLM must not use them."""
+    def _own_up(self, step: Step, scheduled: Any) -> None:
+        """Tell the workers what requests were promised and will not get: vLLM must not use it."""
         if not self._promises:
-            return []
+            return
         tables = {new.req_id: new.block_ids[0] for new in scheduled.scheduled_new_reqs}
         cached = scheduled.scheduled_cached_reqs
         for request_id, fresh in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if fresh:
                 tables[request_id] = fresh[0]
-        lost: list[int] = []
-        for request_id in tables.keys() & self._promises.keys():
-            promised = self._promises.pop(request_id)
-            lost.extend(tables[request_id][promised.start : promised.stop])
-        return lost
+        for request_id, promise in list(self._promises.items()):
+            table = promise.pages if promise.pages is not None else tables.get(request_id)
+            if table is None:
+                continue
+            del self._promises[request_id]
+            step.lost.extend(table[promise.first : promise.stop])
+            if promise.pages is not None:
+                step.unloaded.append(request_id)
 
-    def _promise(self, request: Any, local: int, need: int) -> None:
+    def _promise(self, request: Any, local: int, need: int, pages: list[int] | None = None) -> None:
         """From now on vLLM counts on us to fill these pages, whatever becomes of the cache."""
         assert self._cache
         size = self._cache.geometry.page_tokens
-        self._promises[request.request_id] = range(local // size, -(-(local + need) // size))
+        self._promises[request.request_id] = Promise(
+            local // size, -(-(local + need) // size), pages
+        )
 
     def _plan(self, draft: Draft, tracked: Tracked, before: int, count: int) -> None:
         """Plan the stores of a request: `before` tokens are in its pages, `count` follow."""
         request = tracked.request
-        tracked.running = True
+        if tracked.awaited:  # vLLM computes the last token of a whole hit again
+            tracked.computed = max(before, tracked.local + tracked.loaded - 1)
+        tracked.running, tracked.awaited = True, False
         if before < tracked.computed:  # a load failed, and vLLM went back to compute the rest
             tracked.done = min(tracked.done, before)
             tracked.loaded = min(tracked.loaded, max(0, before - tracked.local))
@@ -223,6 +272,10 @@ class SchedulerSide:
         elif tracked.running:
             tracked.restart()
         return tracked
+
+    def _is_current(self, tracked: Tracked) -> bool:
+        """Whether it is still what we know of its request."""
+        return self._tracked.get(tracked.request.request_id) is tracked
 
     def _new(self, cache: CacheClient, request: Any) -> Tracked:
         geometry = cache.geometry

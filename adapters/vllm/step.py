@@ -55,6 +55,8 @@ class Step(KVConnectorMetadata):
     stores: list[Copy] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     """Pages that vLLM expects to be loaded and that will not be."""
+    unloaded: list[str] = field(default_factory=list)
+    """Requests that vLLM keeps waiting for a load outside the batch that will not be made."""
 
     def all_loads(self) -> list[Move]:
         """The moves of all loads."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import vllm
 
+from lmcache.adapters.vllm.outside import OutsideLoads, Progress
 from lmcache.adapters.vllm.step import Copy, Step, StoredEvent
 from lmcache.adapters.vllm.translate import (
     backends_of,
@@ -26,6 +27,8 @@ from lmcache.core.selfcheck import check_layout
 from lmcache.core.slab import Slab
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from vllm.config import VllmConfig
 
@@ -39,14 +42,21 @@ class Granted(NamedTuple):
 
     attachment: int
     mover: Mover
+    progress: Progress
 
 
 class WorkerSide:
     """Copies pages as each step says, and reports the pages it could not fill."""
 
     def __init__(
-        self, vllm_config: VllmConfig, kv_cache_config: object, *, layerwise: bool
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: object,
+        *,
+        layerwise: bool = False,
+        outside: bool = False,
     ) -> None:
+        """With `outside`, loads are made while the batch goes on, and `take_received` tells."""
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._layerwise = layerwise
@@ -57,8 +67,9 @@ class WorkerSide:
         self._granted: Granted | None = None
         """By the latest attachment, on the door's thread."""
         self._retired: list[Mover] = []
-        """Movers of attachments that ended, perhaps still copying when the next one began."""
-        self._mover: Mover | None = None
+        """Movers of attachments that ended, to be closed where they are used."""
+        self._outside = OutsideLoads(self._load_copy) if outside else None
+        self._now: Granted | None = None
         """For the step at hand; None if the slab it was planned for is not mapped."""
         self._step = Step()
         self._loaded: set[int] = set()
@@ -93,7 +104,7 @@ class WorkerSide:
             pid=os.getpid(),
         )
         transfer: Any = self._vllm_config.kv_transfer_config
-        self._door = Door(address_of(transfer.engine_id, rank), hello, self._attach)
+        self._door = Door(address_of(transfer.engine_id, rank), hello, self._attach, self._detach)
         logger.info(
             "Registered %d pages of %d tokens, %d bytes each, %s (layout %s)",
             layout.num_pages,
@@ -121,9 +132,14 @@ class WorkerSide:
             writes=grant.writes,
             tensors=self._tensors,
         )
-        earlier, self._granted = self._granted, Granted(grant.attachment, mover)
-        if earlier is not None:
-            self._retired.append(earlier.mover)
+        self._granted = Granted(grant.attachment, mover, Progress(mover.finish))
+
+    def _detach(self) -> None:
+        """Leave the slab alone. Called on the door's thread."""
+        granted, self._granted = self._granted, None
+        if granted:
+            granted.mover.retire()
+            self._retired.append(granted.mover)
 
     # ---- one step of vLLM
 
@@ -132,12 +148,13 @@ class WorkerSide:
         while self._retired:
             self._retired.pop().close()
         self._step = step
-        self._mover, granted = None, self._granted
+        self._now, granted = None, self._granted
         if granted and granted.attachment == step.attachment:
-            self._mover = granted.mover
+            self._now = granted
         self._loaded.clear()
         self._stored.clear()
-        self._lose(step.lost)
+        self._begin_answer(step)
+        self._lose(step.lost, step.unloaded)
 
     def start_load(self, step: Step, *, by_layer: bool) -> None:
         """Fill pages before the forward pass; with `by_layer`, leave them to `load_layer`."""
@@ -145,23 +162,25 @@ class WorkerSide:
             self.begin(step)
         if not step.loads:
             return
-        if self._mover is None:
+        if self._now is None:
             self.give_up(step)
+        elif self._outside:
+            self._outside.submit(step, self._now.mover, self._now.progress)
         elif not (self._layerwise and by_layer):
-            self._load()
+            self._load(self._now.mover)
 
     def load_layer(self, name: str) -> None:
         """Fill one layer's share of the pages, before its attention."""
         region = self._regions.get(name)
-        if self._layerwise and region in self._unloaded():
-            self._load_region(region)
+        if self._layerwise and self._now and region in self._unloaded():
+            self._load_region(self._now.mover, region)
 
     def store_layer(self, name: str) -> None:
         """Store one layer's share of the pages, after its attention."""
         region = self._regions.get(name)
-        if self._layerwise and self._step.stores and self._mover and region is not None:
+        if self._layerwise and self._step.stores and self._now and region is not None:
             if region not in self._stored:
-                self._mover.store(self._step.all_stores(), region)
+                self._now.mover.store(self._step.all_stores(), region)
             self._stored.add(region)
 
     def finish(self) -> None:
@@ -169,33 +188,38 @@ class WorkerSide:
 
         Nothing is stored that may have been computed from pages without their content.
         """
+        now, step = self._now, self._step
         try:
-            if self._mover is not None:
+            if now:
                 for region in self._unloaded():
-                    self._load_region(region)
-                for copy in self._step.stores if not self._tainted else ():
-                    self._store(copy)
+                    self._load_region(now.mover, region)
+                for copy in step.stores if not self._tainted else ():
+                    self._store(now.mover, copy)
         finally:
-            if self._mover is not None and self._step.number:
+            if now and step.number and self._answers_here(step):
                 if self._tainted:
-                    self._mover.spoil(self._step.number)
-                self._mover.finish(self._step.number)
-            self._step, self._mover = Step(), None
+                    now.mover.spoil(step.number)
+                now.progress.end(step.number)
+            self._step, self._now = Step(), None
             self._tainted = max(0, self._tainted - 1)
 
     def give_up(self, step: Step) -> None:
         """An error left the loads of a step in an unknown state: report all their pages."""
-        self._lose(step.lost)
-        self._give_up(step.all_loads())
+        self._lose(step.lost, step.unloaded)
+        pages = [page for move in step.all_loads() for page in move.pages]
+        self._lose(pages, [copy.request_id for copy in step.loads])
+        if self._outside and self._now and step.number:
+            for _ in step.loads:
+                self._now.progress.end(step.number)
 
     def close(self) -> None:
         """Stop listening, and unmap the slab."""
         if self._door:
             self._door.close()
-        self._mover = None
-        if self._granted:
-            self._retired.append(self._granted.mover)
-            self._granted = None
+        if self._outside:
+            self._outside.close()
+        self._now = None
+        self._detach()
         while self._retired:
             self._retired.pop().close()
 
@@ -207,13 +231,30 @@ class WorkerSide:
     def take_failed_pages(self) -> set[int]:
         """Pages that loads left without their content since the last call."""
         failed, self._failed = self._failed, set()
-        return failed
+        return failed | self._outside.take_failed() if self._outside else failed
+
+    def take_received(self) -> set[str]:
+        """Requests whose loads outside the batch have ended since the last call, well or not.
+
+        Of those that did not end well, `take_failed_pages` has the pages from now on.
+        """
+        return self._outside.take_received() if self._outside else set()
 
     # ----
 
+    def _answers_here(self, step: Step) -> bool:
+        """Whether a part of a step is done on this thread, so that `finish` ends it."""
+        return bool(step.stores) or not self._outside
+
+    def _begin_answer(self, step: Step) -> None:
+        """Expect as many ends of a step as it has parts that go their own ways."""
+        if self._now and step.number:
+            loads = len(step.loads) if self._outside else 0
+            self._now.progress.begin(step.number, loads + self._answers_here(step))
+
     def _unloaded(self) -> list[int]:
         """Regions whose share of the step's loads is still to be copied."""
-        if not self._step.loads or self._mover is None:
+        if not self._step.loads or self._now is None or self._outside:
             return []
         assert self._layout is not None
         return [i for i in range(len(self._layout.regions)) if i not in self._loaded]
@@ -221,50 +262,54 @@ class WorkerSide:
     def _give_up(self, moves: list[Move]) -> None:
         self._lose([page for move in moves for page in move.pages])
 
-    def _lose(self, pages: list[int]) -> None:
-        if pages:
+    def _lose(self, pages: list[int], requests: Sequence[str] = ()) -> None:
+        """Pages without their content, and the requests that wait for them outside the batch."""
+        if self._outside:  # nothing has been computed from them
+            self._outside.refuse(list(requests), pages)
+        elif pages:
             self._failed.update(pages)
             self._tainted = self._in_flight
 
-    def _load_region(self, region: int) -> None:
-        assert self._mover is not None
+    def _load_region(self, mover: Mover, region: int) -> None:
         self._loaded.add(region)
         failed = self._step.all_loads()
         try:
-            _, failed = self._mover.load(failed, region)
+            _, failed = mover.load(failed, region)
         finally:
             self._give_up(failed)  # all of them, if the load raised
 
-    def _load(self) -> None:
-        assert self._mover is not None
+    def _load(self, mover: Mover) -> None:
         self._loaded.update(self._unloaded())
         for copy in self._step.loads:
-            started = time.perf_counter()
-            size, failed = self._mover.load(copy.moves)
-            spent = time.perf_counter() - started
-            self._give_up(failed)
-            if failed:
-                logger.warning("Reqid: %s, %d loads failed", copy.request_id, len(failed))
-                continue
-            logger.info(
-                "Retrieved %d out of %d required tokens (from %d total tokens). "
-                "size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s;",
-                copy.tokens,
-                copy.required,
-                copy.total,
-                size / 1e9,
-                spent * 1e3,
-                size / 1e9 / max(spent, 1e-9),
-            )
+            self._lose(self._load_copy(mover, copy))
 
-    def _store(self, copy: Copy) -> None:
-        assert self._mover is not None
+    def _load_copy(self, mover: Mover, copy: Copy) -> list[int]:
+        """Fill the pages of one request; those that could not be."""
+        started = time.perf_counter()
+        size, failed = mover.load(copy.moves)
+        spent = time.perf_counter() - started
+        if failed:
+            logger.warning("Reqid: %s, %d loads failed", copy.request_id, len(failed))
+            return [page for move in failed for page in move.pages]
+        logger.info(
+            "Retrieved %d out of %d required tokens (from %d total tokens). "
+            "size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s;",
+            copy.tokens,
+            copy.required,
+            copy.total,
+            size / 1e9,
+            spent * 1e3,
+            size / 1e9 / max(spent, 1e-9),
+        )
+        return []
+
+    def _store(self, mover: Mover, copy: Copy) -> None:
         started = time.perf_counter()
         size = 0
         for region in self._unstored():
-            size += self._mover.store(copy.moves, region)
+            size += mover.store(copy.moves, region)
         copied = time.perf_counter()
-        self._mover.publish(copy.moves)
+        mover.publish(copy.moves)
         self._events.extend(copy.events)
         spent = time.perf_counter() - started
         logger.info(

@@ -25,6 +25,7 @@ def lmcache_commands() -> Iterable[CommandSpec]:
         ("backends", "app", "Check a storage backend."),
         ("config", "app", "Show the effective configuration, and what may be configured."),
         ("plugins", "plugins", "List the plugins, and all that they offer."),
+        ("server", "server", "Share one cache between engines."),
         ("version", "version", "Show the version."),
     ):
         yield CommandSpec(name, partial(_load, f"lmcache.cli.{name}", attribute), summary)

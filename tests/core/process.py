@@ -32,7 +32,7 @@ class Worker:
         self.mover = None
         self.granted = 0
         hello = rig.hello(number, slice_index=slice_index, pages=self.pages, pid=os.getpid())
-        self.door = Door(address_of(engine, number), hello, self.attach)
+        self.door = Door(address_of(engine, number), hello, self.attach, self.leave)
 
     def attach(self, grant, fd):
         geometry = Geometry(
@@ -41,8 +41,6 @@ class Worker:
             slices=grant.slices,
             layout=grant.layout,
         )
-        if self.mover:
-            self.mover.close()
         self.mover = Mover(
             self.pages.layout,
             geometry,
@@ -52,6 +50,10 @@ class Worker:
             writes=grant.writes,
         )
         self.granted += 1
+
+    def leave(self):
+        if self.mover:
+            self.mover.retire()
 
     def compute(self, tokens, table):
         self.pages.compute(tokens, table)

@@ -24,7 +24,7 @@ from lmcache.core.decider import Decider
 from lmcache.core.engine import CacheEngine
 from lmcache.core.eviction.lru import LRUPolicy
 from lmcache.core.geometry import Geometry, combined_layout
-from lmcache.core.handover import Hello
+from lmcache.core.handover import Door, Hello, address_of
 from lmcache.core.keys import Identity, Namespace, root_key
 from lmcache.core.layout import PageLayout, region_of
 from lmcache.core.mover import Mover
@@ -217,6 +217,48 @@ class Process:
 def engine_id():
     """An engine's id that no other test, and no other run of this one, uses."""
     return f"test-{uuid.uuid4()}"
+
+
+class Rank:
+    """A worker of an engine, in this process."""
+
+    def __init__(self, workshop, engine, number, *, slice_index=None, pages=None, **said):
+        self.number = number
+        self.slice_index = number if slice_index is None else slice_index
+        self.pages = pages or Pages(32, slice_index=self.slice_index)
+        self.mover = None
+        self.old = []
+        self.grant = None
+        said_hello = hello(number, slice_index=self.slice_index, pages=self.pages, **said)
+        self.door = Door(address_of(engine, number), said_hello, self.attach, self.leave)
+        workshop.later(self.close)
+
+    def attach(self, grant, fd):
+        self.grant = grant
+        self.mover = Mover(
+            self.pages.layout,
+            Geometry(
+                page_tokens=PAGE_TOKENS,
+                pages_per_chunk=grant.pages_per_chunk,
+                slices=grant.slices,
+                layout=grant.layout,
+            ),
+            Slab(fd, grant.slab_bytes),
+            number=grant.word,
+            slice_index=self.slice_index,
+            writes=grant.writes,
+        )
+
+    def leave(self):
+        if self.mover:
+            self.mover.retire()
+            self.old.append(self.mover)
+
+    def close(self):
+        self.door.close()
+        for mover in [*self.old, self.mover]:
+            if mover:
+                mover.close()
 
 
 class Workshop:

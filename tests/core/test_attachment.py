@@ -11,57 +11,18 @@ import pytest
 import rig
 
 from lmcache.backends.memory import MemoryBackend
-from lmcache.core.attachment import Attachment, Joining, geometry_of
+from lmcache.core.attachment import Attachment, geometry_of
 from lmcache.core.engine import moves_for
 from lmcache.core.errors import BackendError, ConfigError, HandoverError, PluginError
 from lmcache.core.geometry import Geometry, combined_layout
 from lmcache.core.handover import Door, address_of
-from lmcache.core.mover import Mover
+from lmcache.core.joining import Joining
 from lmcache.core.receipts import Reason
-from lmcache.core.slab import MAX_MOVERS, Slab
+from lmcache.core.slab import MAX_MOVERS
 from lmcache.core.tier import Tier
 from lmcache.core.tiers import Tiers
 
 CHUNK = rig.CHUNK_TOKENS
-
-
-class Rank:
-    """A worker of an engine, in this process."""
-
-    def __init__(self, workshop, engine, number, *, slice_index=None, pages=None, **said):
-        self.number = number
-        self.slice_index = number if slice_index is None else slice_index
-        self.pages = pages or rig.Pages(32, slice_index=self.slice_index)
-        self.mover = None
-        self.old = []
-        self.grant = None
-        hello = rig.hello(number, slice_index=self.slice_index, pages=self.pages, **said)
-        self.door = Door(address_of(engine, number), hello, self.attach)
-        workshop.later(self.close)
-
-    def attach(self, grant, fd):
-        self.grant = grant
-        if self.mover:
-            self.old.append(self.mover)
-        self.mover = Mover(
-            self.pages.layout,
-            Geometry(
-                page_tokens=rig.PAGE_TOKENS,
-                pages_per_chunk=grant.pages_per_chunk,
-                slices=grant.slices,
-                layout=grant.layout,
-            ),
-            Slab(fd, grant.slab_bytes),
-            number=grant.word,
-            slice_index=self.slice_index,
-            writes=grant.writes,
-        )
-
-    def close(self):
-        self.door.close()
-        for mover in [*self.old, self.mover]:
-            if mover:
-                mover.close()
 
 
 class Engine:
@@ -217,7 +178,7 @@ class TestSlices:
 
     @pytest.fixture
     def ranks(self, workshop, engine):
-        return [Rank(workshop, engine, number) for number in range(2)]
+        return [rig.Rank(workshop, engine, number) for number in range(2)]
 
     def test_a_round_trip(self, ranks, attach):
         engine = Engine(attach(2))
@@ -311,7 +272,7 @@ class TestSeveralEngines:
     @pytest.fixture
     def join(self, workshop, shared):
         def join(name, words):
-            ranks = [Rank(workshop, name, number) for number in range(2)]
+            ranks = [rig.Rank(workshop, name, number) for number in range(2)]
             made = Attachment.open(name, 2, CHUNK, lambda g: shared, 2.0, words=words)
             workshop.later(made.close)
             return ranks, Engine(made)
@@ -365,7 +326,7 @@ class TestTwins:
 
     @pytest.fixture
     def ranks(self, workshop, engine):
-        return [Rank(workshop, engine, n, slice_index=0, pages=rig.Pages(16)) for n in range(4)]
+        return [rig.Rank(workshop, engine, n, slice_index=0, pages=rig.Pages(16)) for n in range(4)]
 
     def test_one_of_them_writes(self, ranks, attach):
         attachment = attach(4)
@@ -399,7 +360,7 @@ class TestTwins:
 
     def test_two_slices_with_a_twin_each(self, workshop, attach, engine):
         ranks = [
-            Rank(workshop, engine, n, slice_index=n % 2, pages=rig.Pages(16, slice_index=n % 2))
+            rig.Rank(workshop, engine, n, slice_index=n % 2, pages=rig.Pages(16, slice_index=n % 2))
             for n in (0, 1, 2, 3)
         ]
         run = Engine(attach(4))
@@ -428,29 +389,31 @@ class TestRefusals:
     """An attempt that fails keeps nothing, so that it may be made again for ever."""
 
     def test_a_mover_is_missing(self, workshop, engine, attach, made):
-        Rank(workshop, engine, 0)
+        rig.Rank(workshop, engine, 0)
         with pytest.raises(HandoverError, match="no mover answers"):
             attach(2)
         assert made == []
-        Rank(workshop, engine, 1)
+        rig.Rank(workshop, engine, 1)
         assert attach(2).is_whole()
 
     def test_movers_disagree(self, workshop, engine, attach, made):
-        Rank(workshop, engine, 0)
-        Rank(workshop, engine, 1, slice_index=0, pages=rig.Pages(8, kind="other"))
+        rig.Rank(workshop, engine, 0)
+        rig.Rank(workshop, engine, 1, slice_index=0, pages=rig.Pages(8, kind="other"))
         with pytest.raises(HandoverError, match="movers 0 and 1 hold one slice in two layouts"):
             attach(2)
         assert made == []
 
     def test_a_mover_with_anothers_number(self, workshop, engine, attach):
-        Rank(workshop, engine, 0, pid=1)
-        door = Door(address_of(engine, 1), rig.hello(0, slice_index=1), lambda grant, fd: None)
+        rig.Rank(workshop, engine, 0, pid=1)
+        door = Door(
+            address_of(engine, 1), rig.hello(0, slice_index=1), lambda grant, fd: None, lambda: None
+        )
         workshop.later(door.close)
         with pytest.raises(HandoverError, match=r"movers say they are \[0, 0\]"):
             attach(2)
 
     def test_a_mover_that_cannot_map_the_slab(self, workshop, engine, attach, made):
-        ranks = [Rank(workshop, engine, number) for number in range(2)]
+        ranks = [rig.Rank(workshop, engine, number) for number in range(2)]
 
         def fail(grant, fd):
             os.close(fd)
@@ -467,7 +430,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("error", [BackendError, ConfigError, OSError, KeyError])
     def test_nothing_can_be_built(self, workshop, engine, error):
-        Rank(workshop, engine, 0)
+        rig.Rank(workshop, engine, 0)
 
         def fail(geometry):
             raise error("on purpose")
@@ -479,7 +442,7 @@ class TestRefusals:
 
 class TestDetaching:
     def test_everything_is_let_go(self, workshop, engine, attach):
-        Rank(workshop, engine, 0)
+        rig.Rank(workshop, engine, 0)
         attachment, called = attach(1), []
         attachment.on_close += [lambda: called.append(1), lambda: called.append(2)]
         attachment.close()
@@ -488,7 +451,7 @@ class TestDetaching:
         assert attach(1).is_whole(), "the mover waits for the next"
 
     def test_an_error_on_the_way_keeps_nothing_else(self, workshop, engine, attach):
-        Rank(workshop, engine, 0)
+        rig.Rank(workshop, engine, 0)
         attachment, called = attach(1), []
 
         def fail():
@@ -503,7 +466,7 @@ class TestDetaching:
 
     def test_the_slab_goes_with_the_attachment(self, workshop, engine, build):
         """Nobody closes it: the scheduler's thread may still look at it."""
-        rank = Rank(workshop, engine, 0)
+        rank = rig.Rank(workshop, engine, 0)
         before = slabs_open()
         attachment = Attachment.open(engine, 1, CHUNK, lambda g: pair(rig.decider(8)), 2.0)
         attachment.close()
@@ -541,7 +504,7 @@ class TestJoining:
         return join
 
     def test_at_once_if_the_movers_are_there(self, workshop, engine, join):
-        Rank(workshop, engine, 0)
+        rig.Rank(workshop, engine, 0)
         assert join().current().is_whole()
 
     def test_the_engine_is_not_kept_waiting_for_a_mover(self, join):
@@ -570,28 +533,28 @@ class TestJoining:
             raise ConfigError("cannot keep objects in '/full'")
 
         joining._attach = fail_once
-        Rank(workshop, engine, 0)
+        rig.Rank(workshop, engine, 0)
         rig.wait_until(joining.current)
         assert joining.current().is_whole()
 
     def test_a_mover_that_comes_later(self, workshop, engine, join):
         joining = join()
-        Rank(workshop, engine, 0)
+        rig.Rank(workshop, engine, 0)
         rig.wait_until(joining.current)
         assert joining.current().is_whole()
 
     def test_the_second_mover_comes_later(self, workshop, engine, join):
-        Rank(workshop, engine, 0)
+        rig.Rank(workshop, engine, 0)
         joining = join(2)
         time.sleep(0.1)
         assert joining.current() is None
-        Rank(workshop, engine, 1)
+        rig.Rank(workshop, engine, 1)
         rig.wait_until(joining.current)
 
     def test_a_mover_dies_and_comes_back(self, workshop, engine, join):
         joining = None
         for _ in range(3):
-            rank = Rank(workshop, engine, 0)
+            rank = rig.Rank(workshop, engine, 0)
             joining = joining or join()
             rig.wait_until(joining.current)
             first = joining.current()
@@ -600,12 +563,12 @@ class TestJoining:
             assert not first.is_whole()
 
     def test_one_of_two_dies_and_both_are_joined_anew(self, workshop, engine, join):
-        stays, goes = (Rank(workshop, engine, number) for number in range(2))
+        stays, goes = (rig.Rank(workshop, engine, number) for number in range(2))
         joining = join(2)
         first = joining.current()
         goes.close()
         rig.wait_until(lambda: joining.current() is not first)
-        back = Rank(workshop, engine, 1)
+        back = rig.Rank(workshop, engine, 1)
         rig.wait_until(joining.current)
         run = Engine(joining.current())
         sequence = rig.tokens(CHUNK)
@@ -621,7 +584,7 @@ class TestJoining:
     @pytest.mark.parametrize("error", [OSError, ValueError, KeyError, ImportError, BackendError])
     def test_any_error_is_tried_again(self, workshop, engine, join, error):
         """Out of descriptors, a plugin's own mistake: the thread that tries must not die of it."""
-        Rank(workshop, engine, 0)
+        rig.Rank(workshop, engine, 0)
         attempts = []
 
         def attach():
@@ -637,7 +600,7 @@ class TestJoining:
     def test_an_error_while_detaching_does_not_keep_it_from_coming_back(
         self, workshop, engine, join
     ):
-        rank = Rank(workshop, engine, 0)
+        rank = rig.Rank(workshop, engine, 0)
         joining = join()
 
         def fail():
@@ -646,7 +609,7 @@ class TestJoining:
         joining.current().on_close.append(fail)
         rank.close()
         rig.wait_until(lambda joining=joining: joining.current() is None)
-        Rank(workshop, engine, 0)
+        rig.Rank(workshop, engine, 0)
         rig.wait_until(joining.current)
 
     def test_a_failure_is_said_once(self, join, capfd):
@@ -656,7 +619,7 @@ class TestJoining:
         assert capfd.readouterr().err.count("serving without a cache for now") <= 1
 
     def test_closing_lets_go(self, workshop, engine, join):
-        Rank(workshop, engine, 0)
+        rig.Rank(workshop, engine, 0)
         joining = join()
         attachment = joining.current()
         joining.close()
@@ -670,7 +633,7 @@ class TestJoining:
         assert not [t for t in threading.enumerate() if t.name == "lmcache-joining"]
 
     def test_what_is_attached_while_it_closes_is_let_go(self, workshop, engine, join):
-        Rank(workshop, engine, 0)
+        rig.Rank(workshop, engine, 0)
         go, opened = threading.Event(), []
 
         def attach():
@@ -686,7 +649,7 @@ class TestJoining:
 
     def test_a_lost_attachment_is_kept_by_nobody(self, workshop, engine, join):
         """While a mover is away, which may be for long, its slab must not take up memory."""
-        rank = Rank(workshop, engine, 0)
+        rank = rig.Rank(workshop, engine, 0)
         before = slabs_open()
         joining = join()
         assert slabs_open() >= before
@@ -728,7 +691,7 @@ class TestJoining:
         thread = threading.Thread(target=schedule)
         thread.start()
         for _ in range(20):
-            rank = Rank(workshop, engine, 0)
+            rank = rig.Rank(workshop, engine, 0)
             rig.wait_until(joining.current)
             time.sleep(0.01)
             rank.close()
@@ -742,7 +705,7 @@ class TestJoining:
         joining = None
         fds, threads = None, None
         for turn in range(100):
-            rank = Rank(workshop, engine, 0)
+            rank = rig.Rank(workshop, engine, 0)
             joining = joining or join()
             rig.wait_until(joining.current)
             rank.close()

@@ -49,7 +49,8 @@ class House:
         self.slabs = []
         self.error = None
         kind = type("Impatient", (Door,), {"GRANT_S": 0.2}) if impatient else Door
-        self.door = kind(self.address, rig.hello(number), self.granted)
+        self.left = 0
+        self.door = kind(self.address, rig.hello(number), self.granted, self.leave)
         workshop.later(self.close)
 
     def granted(self, grant, fd):
@@ -58,6 +59,9 @@ class House:
             slab.close()
             raise self.error("on purpose")
         self.slabs.append(slab)
+
+    def leave(self):
+        self.left += 1
 
     def close(self):
         self.door.close()
@@ -151,14 +155,14 @@ class TestOneProcess:
 
     def test_a_closed_door_can_be_replaced_at_once(self, house, visit):
         house.door.close()
-        again = Door(house.address, rig.hello(5), house.granted)
+        again = Door(house.address, rig.hello(5), house.granted, house.leave)
         assert visit(house.address).hello.number == 5
         again.close()
         again.close()
 
     def test_two_doors_at_one_address(self, house):
         with pytest.raises(HandoverError, match="cannot listen for the decider"):
-            Door(house.address, rig.hello(), house.granted)
+            Door(house.address, rig.hello(), house.granted, house.leave)
 
     def test_the_grant_is_taken_before_it_is_answered(self, house, slab, visit):
         """So that no step is sent to a mover that has no slab yet."""
@@ -270,7 +274,7 @@ class TestTwoProcesses:
         def granted(grant, fd):
             slabs.append(Slab(fd, grant.slab_bytes))
 
-        door = Door(address_of(engine, 0), rig.hello(), granted)
+        door = Door(address_of(engine, 0), rig.hello(), granted, lambda: None)
         workshop.later(door.close)
         decider = workshop.process("decider", engine, 1).ready()
         decider.do("write_word", offset=8192, value=42)

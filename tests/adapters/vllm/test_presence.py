@@ -33,7 +33,7 @@ hello = Hello(
     number=int(number), page_tokens=int(page_tokens), page_bytes=int(page_bytes),
     fingerprint=fingerprint, slice_index=int(slice_index), pid=0,
 )
-Door(address_of(engine_id, int(number)), hello, granted)
+Door(address_of(engine_id, int(number)), hello, granted, lambda: None)
 print("listening", flush=True)
 sys.stdin.read()
 """

@@ -1,0 +1,228 @@
+"""The class vLLM loads to share a server with other engines: every hook it calls."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
+
+import lmcache
+from lmcache.adapters.vllm.live import LIVE
+from lmcache.adapters.vllm.mp_options import MpOptions, split_options
+from lmcache.adapters.vllm.scheduler import SchedulerSide
+from lmcache.adapters.vllm.step import Step
+from lmcache.adapters.vllm.translate import namespace_of
+from lmcache.adapters.vllm.wall import TOLERATED, Wall, guarded, nothing
+from lmcache.adapters.vllm.worker import WorkerSide
+from lmcache.core.config import LoadedConfig, load_config
+from lmcache.core.environment import environment_text
+from lmcache.core.errors import LMCacheError
+from lmcache.core.joining import Joining
+from lmcache.core.log import init_logger
+from lmcache.core.service import wire
+from lmcache.core.service.client import ServiceClient
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+
+def _no_tokens() -> tuple[int | None, bool]:
+    return 0, False
+
+
+class LMCacheMPConnector(Wall, KVConnectorBase_V1, SupportsHMA):
+    """One instance where vLLM schedules, one in every worker; the cache is the server's."""
+
+    def __init__(self, vllm_config: VllmConfig, role: Any, kv_cache_config: Any = None) -> None:
+        """Raises `ConfigError` for a configuration that cannot be honoured."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer: Any = vllm_config.kv_transfer_config
+        options, rest = split_options(transfer.kv_connector_extra_config or {})
+        loaded = load_config(rest)
+        self._worker: WorkerSide | None = None
+        self._scheduler: SchedulerSide | None = None
+        if role.name == "WORKER":
+            self._worker = WorkerSide(vllm_config, kv_cache_config, outside=True)
+        else:
+            self._scheduler = _scheduler_side(vllm_config, loaded, options)
+        LIVE.add(self)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A save that is dropped is a miss later, and nothing worse."""
+        return False
+
+    # ---- worker
+
+    @guarded(nothing)
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """vLLM has allocated its pages."""
+        assert self._worker, "only workers have pages"
+        try:
+            self._worker.register_kv_caches(kv_caches)
+        except LMCacheError as error:
+            logger.error("LMCache is off for this engine: %s", error)
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """A step begins; `start_load_kv` follows in any case."""
+        super().bind_connector_metadata(connector_metadata)
+        self._begin(connector_metadata)
+
+    @guarded(nothing)
+    def _begin(self, step: Step) -> None:
+        assert self._worker
+        self._worker.begin(step)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Have the loads made while the batch goes on."""
+        assert self._worker
+        step = self._bound()
+        try:
+            self._worker.start_load(step, by_layer=False)
+        except Exception:
+            self.count_error("start_load_kv")
+            self._worker.give_up(step)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing is loaded for the batch at hand."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """All layers are stored together, in `wait_for_save`."""
+
+    def wait_for_save(self) -> None:
+        """Store before vLLM may reuse the pages."""
+        assert self._worker
+        try:
+            self._worker.finish()
+        except Exception:
+            self.count_error("wait_for_save")
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose loads have ended, well or not. Stores are not asynchronous."""
+        assert self._worker
+        return None, self._worker.take_received() or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Pages that could not be filled; vLLM recomputes or fails their requests."""
+        assert self._worker
+        return self._worker.take_failed_pages()
+
+    # ---- scheduler
+
+    @guarded(_no_tokens)
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Tokens that can be loaded beyond vLLM's own; None to be asked again."""
+        assert self._scheduler
+        tokens = self._scheduler.matched_tokens(request, num_computed_tokens)
+        return tokens, bool(tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """vLLM has made room for a load, or says that it will not need one."""
+        assert self._scheduler
+        try:
+            pages = list(blocks.get_block_ids()[0]) if num_external_tokens else None
+            self._scheduler.allocated(request, num_external_tokens, pages)
+        except Exception:
+            self.count_error("update_state_after_alloc")
+
+    def build_connector_meta(self, scheduler_output: Any) -> Step:
+        """The copies that go with this step, and the pages nobody will fill after all."""
+        assert self._scheduler
+        try:
+            if self.errors < TOLERATED:
+                return self._scheduler.build(scheduler_output)
+        except Exception:
+            self.count_error("build_connector_meta")
+            self._scheduler.lose_track()
+        return self._scheduler.without_copies(scheduler_output)
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """A request ended; its pages are free at once, for all stores of it are done."""
+        assert self._scheduler
+        try:
+            return False, self._scheduler.finished(request)
+        except Exception:
+            self.count_error("request_finished")
+            return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Likewise, for all cache groups together."""
+        return self.request_finished(request, [])
+
+    def take_events(self) -> Iterable[Any]:
+        """No events for vLLM's event stream: the server is not the engine's own."""
+        return ()
+
+    def reset_cache(self) -> bool | None:
+        """The server's chunks are not this engine's to drop; `lmcache kvcache clear` does that."""
+        return False
+
+    # ---- both
+
+    def shutdown(self) -> None:
+        """Let go of everything."""
+        self.errors = TOLERATED
+        for side in (self._scheduler, self._worker):
+            if side:
+                side.close()
+
+    def _bound(self) -> Step:
+        step = self._connector_metadata
+        return step if isinstance(step, Step) else Step()
+
+
+def _scheduler_side(
+    vllm_config: VllmConfig, loaded: LoadedConfig, options: MpOptions
+) -> SchedulerSide:
+    transfer: Any = vllm_config.kv_transfer_config
+    config = loaded.config
+    if options.save_decode_cache is not None:
+        config = config.model_copy(update={"save_decode_cache": options.save_decode_cache})
+    namespace = namespace_of(vllm_config, config)
+    about = asdict(namespace)
+    attach = wire.Attach(
+        release=lmcache.__version__,
+        engine=transfer.engine_id,
+        name=config.lmcache_instance_id or f"{vllm_config.model_config.model}@{transfer.engine_id}",
+        movers=vllm_config.parallel_config.world_size,
+        chunk_size=None if loaded.sources["chunk_size"] == "default" else config.chunk_size,
+        mode=options.mp_transfer_mode,
+        deployment=wire.Deployment(
+            **{key: about[key] for key in wire.Deployment.__struct_fields__}
+        ),
+        token=environment_text("LMCACHE_TOKEN"),
+    )
+    patience = None if options.nonblocking_lookup_status else options.mq_timeout
+
+    def open_client() -> ServiceClient:
+        client = ServiceClient.open(
+            options.endpoint, attach, options.mq_timeout, patience_s=patience
+        )
+        geometry = client.geometry
+        logger.info(
+            "Attached to %s: chunks of %d tokens (%d pages, %.1f MiB)",
+            options.endpoint,
+            geometry.chunk_tokens,
+            geometry.pages_per_chunk,
+            geometry.slot_bytes(geometry.pages_per_chunk) / (1 << 20),
+        )
+        return client
+
+    joining = Joining(
+        open_client, f"the server at {options.endpoint} is gone", options.heartbeat_interval
+    )
+    return SchedulerSide(config, namespace, joining, role=transfer.kv_role, outside=True)

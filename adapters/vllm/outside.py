@@ -1,0 +1,108 @@
+"""Loads that no forward pass waits for: requests wait for them outside the batch."""
+
+from __future__ import annotations
+
+import threading
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, NamedTuple
+
+from lmcache.core.log import init_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lmcache.adapters.vllm.step import Copy, Step
+    from lmcache.core.mover import Mover
+
+logger = init_logger(__name__)
+
+
+class Progress:
+    """Which steps of one attachment are done: a mover may only answer them in order."""
+
+    def __init__(self, finish: Callable[[int], None]) -> None:
+        """`finish(number)` says that this step and all before it are done."""
+        self._finish = finish
+        self._parts: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, number: int, parts: int) -> None:
+        """A step is at hand that is done when `end` has been called `parts` times."""
+        with self._lock:
+            self._parts[number] = parts
+
+    def end(self, number: int) -> None:
+        """A part of a step is done."""
+        with self._lock:
+            self._parts[number] -= 1
+            done = 0
+            for step, parts in list(self._parts.items()):
+                if parts:
+                    break
+                del self._parts[step]
+                done = step
+            if done:
+                self._finish(done)
+
+
+class _Load(NamedTuple):
+    copy: Copy
+    mover: Mover
+    progress: Progress
+    step: int
+
+
+class OutsideLoads:
+    """Makes loads one after another on a thread, and says which requests have theirs."""
+
+    def __init__(self, load: Callable[[Mover, Copy], list[int]]) -> None:
+        """`load` fills the pages of a copy and returns those it could not fill."""
+        self._load = load
+        self._queue: SimpleQueue[_Load | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._received: set[str] = set()
+        self._failed: set[int] = set()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, step: Step, mover: Mover, progress: Progress) -> None:
+        """Load what the step says, each load a part of its progress."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="lmcache-loads", daemon=True)
+            self._thread.start()
+        for copy in step.loads:
+            self._queue.put(_Load(copy, mover, progress, step.number))
+
+    def refuse(self, requests: list[str], pages: list[int]) -> None:
+        """These requests will not get their loads: their pages are as they were."""
+        with self._lock:
+            self._failed.update(pages)
+            self._received.update(requests)
+
+    def take_received(self) -> set[str]:
+        """The requests whose loads have ended since the last call, well or not."""
+        with self._lock:
+            received, self._received = self._received, set()
+            return received
+
+    def take_failed(self) -> set[int]:
+        """The pages that could not be filled, of all requests taken so far at least."""
+        with self._lock:
+            failed, self._failed = self._failed, set()
+            return failed
+
+    def close(self) -> None:
+        """End the thread after the load at hand."""
+        if self._thread:
+            self._queue.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (load := self._queue.get()) is not None:
+            failed = [page for move in load.copy.moves for page in move.pages]
+            try:
+                failed = self._load(load.mover, load.copy)
+            except Exception:
+                logger.exception("a load failed")
+            finally:
+                self.refuse([load.copy.request_id], failed)
+                load.progress.end(load.step)

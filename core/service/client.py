@@ -1,0 +1,262 @@
+"""A scheduler's side of a server on the same machine: every question is one message, or none.
+
+Nothing here raises for a server that is slow, gone or another one: such a cache has no hits and
+stores nothing. What the server promised it keeps until the movers are silent, so a step may be sent
+to them even when the server can no longer be told.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import weakref
+from array import array
+from collections import deque
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from lmcache.core.client import CacheClient
+from lmcache.core.decider import Hit
+from lmcache.core.errors import ConfigError, ServiceError
+from lmcache.core.geometry import Geometry
+from lmcache.core.leases import Lease
+from lmcache.core.receipts import Reason, Receipt
+from lmcache.core.service import wire
+from lmcache.core.service.link import Link
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lmcache.core.chain import KeyChain
+    from lmcache.core.index import Slot
+
+ATTACH_S = 15.0
+"""The server visits every mover, after those of an earlier attachment have let go."""
+INLINE_S = 0.002
+"""How long a lookup may hold up the schedule for an answer that is likely to come."""
+LEASE_MARGIN_S = 1.0
+
+
+@dataclass
+class _Lookup:
+    number: int
+    deadline: float
+
+
+@dataclass
+class _Sequence:
+    number: int
+    known: int = 0
+    """Tokens the server has been told."""
+
+
+class ServiceClient(CacheClient):
+    """One engine's side of one server, while both live."""
+
+    def __init__(
+        self, link: Link, attached: wire.Attached, deadline_s: float, patience_s: float
+    ) -> None:
+        """Use `open`."""
+        self.geometry = Geometry(
+            page_tokens=attached.page_tokens,
+            pages_per_chunk=attached.pages_per_chunk,
+            slices=tuple(attached.slices),
+            layout=attached.layout,
+        )
+        self.number = attached.session
+        self.about = attached
+        self._link = link
+        self._deadline_s = deadline_s
+        self._patience_s = patience_s
+        self._steps = count(1)
+        self._numbers = count(1)
+        self._sequences: WeakKeyDictionary[KeyChain, _Sequence] = WeakKeyDictionary()
+        self._ended: deque[int] = deque()
+        self._lookups: dict[str, _Lookup] = {}
+        self._owners: set[str] = set()
+
+    @classmethod
+    def open(
+        cls,
+        endpoint: str,
+        about: wire.Attach,
+        deadline_s: float,
+        *,
+        patience_s: float | None = None,
+    ) -> ServiceClient:
+        """Attach the engine to the server at `endpoint`, which may take seconds.
+
+        A call that takes longer than `deadline_s` is given up; a lookup is asked about again after
+        `patience_s`, so that the engine can do other work meanwhile.
+        Raises `ConfigError` if the server will never have it, `ServiceError` for all else.
+        """
+        link = Link(endpoint)
+        try:
+            answer = link.call(about, ATTACH_S)
+            if isinstance(answer, wire.Refused):
+                kind = ConfigError if answer.final else ServiceError
+                raise kind(f"the server at {endpoint} refuses: {answer.why}")
+            if not isinstance(answer, wire.Attached):
+                raise ServiceError(f"{endpoint} answers {type(answer).__name__}")
+        except BaseException:
+            link.close()
+            raise
+        link.session = answer.session
+        client = cls(link, answer, deadline_s, INLINE_S if patience_s is None else patience_s)
+        link.orphan = client._give_back
+        return client
+
+    def lookup(self, owner: str, chain: KeyChain, stop: int) -> Hit | None:
+        """At once if the server answers at once; otherwise later."""
+        try:
+            asked = self._lookups.get(owner) or self._ask(owner, chain, stop)
+        except ServiceError:
+            return _miss(stop, Reason.DEGRADED)
+        answer = self._link.poll(asked.number, self._patience_s)
+        if isinstance(answer, wire.Fetching):
+            asked.deadline = time.monotonic() + self.about.fetch_timeout_s + self._deadline_s
+            return None
+        if isinstance(answer, wire.Found):
+            self._end_lookup(owner)
+            return self._hit(owner, answer)
+        is_late = time.monotonic() >= asked.deadline
+        if answer is None and not is_late and not self._link.is_lost:
+            return None
+        if is_late:
+            self._link.late()
+        self._end_lookup(owner)
+        return _miss(stop, Reason.TIMED_OUT if is_late else Reason.DEGRADED)
+
+    def keeps(self, hit: Hit, *, promised: bool = False) -> bool:
+        """By the lease's deadline, which the server is told of if it counts no more."""
+        lease = hit.lease
+        if lease is None or self._link.is_lost:
+            return False
+        if not lease.in_flight and time.monotonic() > lease.deadline:
+            return False
+        if promised and not lease.in_flight:
+            lease.in_flight = True
+            self._tell(wire.Promise(lease.number))
+        return True
+
+    def release(self, owner: str, hit: Hit | None) -> None:
+        """Tell the server, if it knows of the owner."""
+        self._end_lookup(owner)
+        lease = hit.lease.number if hit and hit.lease else None
+        if lease is not None or owner in self._owners:
+            self._tell(wire.Release(owner, lease))
+        self._owners.discard(owner)
+
+    def reserve(
+        self, chain: KeyChain, start: int, stop: int, *, tail: bool
+    ) -> tuple[list[Slot], Reason]:
+        """One round trip; nothing is stored if it takes too long."""
+        try:
+            sequence, more = self._told(chain, stop)
+            call = wire.Reserve(sequence=sequence, more=more, start=start, stop=stop, tail=tail)
+            answer = self._link.call(call, self._deadline_s)
+        except ServiceError:
+            return [], Reason.DEGRADED
+        if not isinstance(answer, wire.Reserved):
+            return [], Reason.DEGRADED
+        return answer.slots, wire.reason_of(answer.reason)
+
+    def depart(self, stores: Sequence[Slot], loads: Sequence[Hit]) -> int:
+        """The server counts the steps as we do."""
+        self._forget()
+        if not stores and not loads:
+            return 0
+        number = next(self._steps)
+        generations, leases = _numbers(stores, loads)
+        self._tell(wire.Depart(number=number, stores=generations, loads=leases))
+        return number
+
+    def cancel(self, stores: Sequence[Slot], loads: Sequence[Hit]) -> None:
+        """The server gives all of it back to its decider."""
+        generations, leases = _numbers(stores, loads)
+        if generations or leases:
+            self._tell(wire.Cancel(stores=generations, loads=leases))
+
+    def is_whole(self) -> bool:
+        """Whether the server still knows us. Never blocks."""
+        return self._link.look()
+
+    def close(self) -> None:
+        """Detach."""
+        self._tell(wire.Detach())
+        self._link.close()
+
+    # ----
+
+    def _ask(self, owner: str, chain: KeyChain, stop: int) -> _Lookup:
+        sequence, more = self._told(chain, stop)
+        number = self._link.begin(wire.Lookup(owner=owner, sequence=sequence, more=more, stop=stop))
+        self._owners.add(owner)
+        asked = self._lookups[owner] = _Lookup(number, time.monotonic() + self._deadline_s)
+        return asked
+
+    def _end_lookup(self, owner: str) -> None:
+        asked = self._lookups.pop(owner, None)
+        if asked:
+            self._link.end(asked.number)
+
+    def _hit(self, owner: str, found: wire.Found) -> Hit:
+        lease = None
+        if found.lease is not None:
+            deadline = time.monotonic() + self.about.lease_s - LEASE_MARGIN_S
+            lease = Lease(owner, [], deadline, number=found.lease)
+        return Hit(found.slots, lease, wire.receipt_of(found))
+
+    def _told(self, chain: KeyChain, stop: int) -> tuple[int, wire.More | None]:
+        """The number of a sequence and what the server lacks of its first `stop` tokens.
+
+        To be sent: it counts as told from now on. Raises `ServiceError` if nothing can be.
+        """
+        if not self._link.is_up():
+            raise ServiceError("the server does not answer")
+        sequence = self._sequences.get(chain)
+        if sequence is None:
+            sequence = self._sequences[chain] = _Sequence(next(self._numbers))
+            weakref.finalize(chain, self._ended.append, sequence.number).atexit = False
+        if sequence.known >= stop:
+            return sequence.number, None
+        tokens = array("I", chain.tokens[sequence.known : stop])
+        if sys.byteorder == "big":
+            tokens.byteswap()
+        more = wire.More(
+            root=chain.root,
+            shown=[wire.Shown(i.identifier, i.offset, i.length) for i in chain.inserts],
+            at=sequence.known,
+            tokens=tokens.tobytes(),
+        )
+        sequence.known = stop
+        return sequence.number, more
+
+    def _forget(self) -> None:
+        if self._ended:
+            ended = [self._ended.popleft() for _ in range(len(self._ended))]
+            self._tell(wire.Forget(ended))
+
+    def _tell(self, body: wire.Request) -> None:
+        """Send what has no answer; a server that cannot be told ends our session anyway."""
+        try:
+            self._link.tell(body)
+        except ServiceError:
+            return
+
+    def _give_back(self, answer: wire.Reply) -> None:
+        """An answer came when nobody waited for it any more."""
+        if isinstance(answer, wire.Found) and answer.lease is not None:
+            self._tell(wire.Cancel(loads=[answer.lease]))
+        elif isinstance(answer, wire.Reserved) and answer.slots:
+            self._tell(wire.Cancel(stores=[slot.generation for slot in answer.slots]))
+
+
+def _numbers(stores: Sequence[Slot], loads: Sequence[Hit]) -> tuple[list[int], list[int]]:
+    return [slot.generation for slot in stores], [hit.lease.number for hit in loads if hit.lease]
+
+
+def _miss(stop: int, reason: Reason) -> Hit:
+    return Hit([], None, Receipt(0, stop, reason))

@@ -1,0 +1,103 @@
+"""The whole of `lmcache server`: memory, tiers, both ports, and an orderly end."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lmcache.core.assembly import GIB, assemble
+from lmcache.core.errors import ConfigError
+from lmcache.core.log import init_logger
+from lmcache.core.metrics import Exporter
+from lmcache.core.service.http import HttpServer, build_app
+from lmcache.core.service.server import Server
+from lmcache.core.service.service import Terms
+
+if TYPE_CHECKING:
+    from lmcache.core.assembly import Offers
+    from lmcache.core.config import Config
+
+logger = init_logger(__name__)
+
+TRANSFER_MODES = ("engine_driven",)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Where to listen, and who may speak."""
+
+    host: str = "127.0.0.1"
+    port: int = 5555
+    http_host: str = "127.0.0.1"
+    http_port: int = 8080
+    modes: tuple[str, ...] = TRANSFER_MODES
+    token: str = ""
+    insecure: bool = False
+    """Listen beyond this machine without a token."""
+    release: str = ""
+
+    def check(self) -> None:
+        """Raise `ConfigError` for an open door without a lock."""
+        for host in (self.host, self.http_host):
+            if not is_loopback(host) and not self.token and not self.insecure:
+                raise ConfigError(
+                    f"{host} can be reached from other machines: set LMCACHE_TOKEN, "
+                    "or say --insecure if the network is to be trusted"
+                )
+
+    @property
+    def endpoint(self) -> str:
+        """The engines' address, as ZeroMQ writes it."""
+        host = self.host.removeprefix("tcp://")
+        return f"tcp://{f'[{host}]' if ':' in host else host}:{self.port or '*'}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    name = host.removeprefix("tcp://").strip("[]")
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def serve(config: Config, offers: Offers, binding: Binding) -> None:
+    """Serve until SIGTERM or SIGINT. Raises `LMCacheError` for what cannot be set up."""
+    binding.check()
+    with ExitStack() as stack:
+        decider, tiers = assemble(config, offers)
+        stack.callback(decider.slab.close)
+        stack.callback(tiers.close)
+        terms = Terms(
+            chunk_size=config.chunk_size,
+            modes=binding.modes,
+            fetch_timeout_s=config.fetch_timeout_ms / 1e3,
+            lease_s=float(config.pin_timeout_sec),
+            token=binding.token,
+            release=binding.release,
+        )
+        server = Server(decider, tiers, terms, binding.endpoint)
+        stack.callback(server.close)
+        exporter = Exporter(config.lmcache_instance_id or "server", decider, config.metrics_port)
+        stack.callback(exporter.close)
+        http = HttpServer(binding.http_host, binding.http_port)
+        stack.callback(http.close)
+        is_local = is_loopback(binding.http_host)
+        http.start(build_app(server, token=binding.token, is_loopback=is_local))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: server.stop())
+        logger.info(
+            "Serving engines at %s, people at http://%s:%d: %.2f GiB, %s, chunks of %d tokens, %s",
+            server.endpoint,
+            binding.http_host,
+            http.port,
+            decider.slab.size / GIB,
+            decider.policy_name,
+            config.chunk_size,
+            " or ".join(binding.modes),
+        )
+        server.run()
+        logger.info("Stopped")

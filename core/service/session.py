@@ -1,0 +1,191 @@
+"""One engine at the server: the sequences it told us of, and what it holds."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lmcache.core.chain import KeyChain
+from lmcache.core.errors import ServiceError
+from lmcache.core.keys import ChunkKey, Insert
+from lmcache.core.service import wire
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from lmcache.core.attachment import Attachment
+    from lmcache.core.decider import Hit
+    from lmcache.core.index import Slot
+
+MAX_SEQUENCES = 65_536
+MAX_KNOWN_TOKENS = 64 << 20
+"""Of all its sequences together: 256 MiB."""
+
+
+class UnknownError(ServiceError):
+    """The engine speaks of something we do not know: it must begin anew."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A lookup whose answer is still to come."""
+
+    number: int
+    chain: KeyChain
+    stop: int
+
+
+@dataclass
+class Session:
+    """Answers one engine's calls out of its attachment. Called on the server's thread."""
+
+    about: wire.Attach
+    attachment: Attachment
+    words: list[int]
+    """Its movers' words in the slab."""
+    peer: bytes
+    """Where its answers go."""
+    sequences: dict[int, KeyChain] = field(default_factory=dict)
+    hits: dict[int, Hit] = field(default_factory=dict)
+    """Leases that have not departed, by number."""
+    reserved: dict[int, Slot] = field(default_factory=dict)
+    """Slots that have not departed, by generation."""
+    waiting: dict[str, Waiting] = field(default_factory=dict)
+    """Lookups that wait for slower tiers, by owner."""
+    tokens: int = 0
+
+    @property
+    def number(self) -> int:
+        """What its calls and its movers' steps name."""
+        return self.attachment.number
+
+    def answer(self, number: int, body: wire.Request) -> wire.Reply | None:
+        """Do as it asks; None where no answer is due.
+
+        Raises `ServiceError` for what makes no sense, and `UnknownError` if it must begin anew.
+        """
+        match body:
+            case wire.Lookup():
+                return self._lookup(number, body)
+            case wire.Reserve():
+                return self._reserve(body)
+            case wire.Promise():
+                if hit := self.hits.get(body.lease):
+                    self.attachment.keeps(hit, promised=True)
+            case wire.Release():
+                self._release(body)
+            case wire.Depart():
+                self._depart(body)
+            case wire.Cancel():
+                self.attachment.cancel(*self._take(body.stores, body.loads))
+            case wire.Forget():
+                for sequence in body.sequences:
+                    chain = self.sequences.pop(sequence, None)
+                    self.tokens -= len(chain.tokens) if chain else 0
+            case _:
+                raise ServiceError(f"{type(body).__name__} is not for a session")
+        return None
+
+    def late(self) -> Iterator[tuple[int, wire.Found]]:
+        """The lookups that have been waiting and need not wait any longer."""
+        for owner, waiting in list(self.waiting.items()):
+            hit = self.attachment.lookup(self.label(owner), waiting.chain, waiting.stop)
+            if hit is not None:
+                del self.waiting[owner]
+                yield waiting.number, self._found(hit)
+
+    def label(self, owner: str) -> str:
+        """What the owner is called among those of all engines."""
+        return f"{self.about.name}/{self.number:x}/{owner}"
+
+    def end(self) -> None:
+        """No mover touches the slab any more: give back all that the engine held."""
+        self.attachment.flights.ground()
+        for owner in self.waiting:
+            self.attachment.release(self.label(owner), None)
+        self.attachment.cancel(list(self.reserved.values()), list(self.hits.values()))
+        self.attachment.close()
+
+    # ----
+
+    def _lookup(self, number: int, call: wire.Lookup) -> wire.Reply:
+        chain = self._sequence(call.sequence, call.more, call.stop)
+        hit = self.attachment.lookup(self.label(call.owner), chain, call.stop)
+        if hit is None:
+            self.waiting[call.owner] = Waiting(number, chain, call.stop)
+            return wire.Fetching()
+        return self._found(hit)
+
+    def _found(self, hit: Hit) -> wire.Found:
+        if hit.lease is None:
+            return wire.found(hit.receipt, hit.slots, None)
+        self.hits[hit.lease.number] = hit
+        return wire.found(hit.receipt, hit.slots, hit.lease.number)
+
+    def _reserve(self, call: wire.Reserve) -> wire.Reply:
+        chain = self._sequence(call.sequence, call.more, call.stop)
+        slots, reason = self.attachment.reserve(chain, call.start, call.stop, tail=call.tail)
+        self.reserved.update((slot.generation, slot) for slot in slots)
+        return wire.Reserved(slots, reason.name)
+
+    def _release(self, call: wire.Release) -> None:
+        self.waiting.pop(call.owner, None)
+        hit = None if call.lease is None else self.hits.pop(call.lease, None)
+        self.attachment.release(self.label(call.owner), hit)
+
+    def _depart(self, call: wire.Depart) -> None:
+        number = self.attachment.depart(*self._take(call.stores, call.loads))
+        if number != call.number:
+            raise UnknownError(f"step {call.number}, where {number} was due")
+
+    def _take(self, stores: Iterable[int], loads: Iterable[int]) -> tuple[list[Slot], list[Hit]]:
+        """Slots and hits of these numbers, no longer ours. A lease may have met its deadline."""
+        slots = []
+        for generation in stores:
+            if generation not in self.reserved:
+                raise UnknownError("a slot that is not reserved")
+            slots.append(self.reserved.pop(generation))
+        return slots, [self.hits.pop(lease) for lease in loads if lease in self.hits]
+
+    def _sequence(self, number: int, more: wire.More | None, stop: int) -> KeyChain:
+        """The sequence, as it has grown. Raises `UnknownError` if some of it is lacking."""
+        chain = self.sequences.get(number)
+        if more is not None:
+            if more.at == 0:
+                chain = self._begin(number, more)
+            elif chain is None or len(chain.tokens) != more.at:
+                raise UnknownError("the beginning of a sequence")
+            self._grow(chain, more.tokens)
+        if chain is None or len(chain.tokens) < stop:
+            raise UnknownError("a sequence")
+        return chain
+
+    def _begin(self, number: int, more: wire.More) -> KeyChain:
+        old = self.sequences.pop(number, None)
+        self.tokens -= len(old.tokens) if old else 0
+        if len(self.sequences) >= MAX_SEQUENCES:
+            raise UnknownError(f"more than {MAX_SEQUENCES} sequences")
+        geometry = self.attachment.geometry
+        chain = self.sequences[number] = KeyChain(
+            ChunkKey(more.root),
+            array("I"),
+            page_tokens=geometry.page_tokens,
+            pages_per_chunk=geometry.pages_per_chunk,
+            inserts=[Insert(s.identifier, s.offset, s.length) for s in more.shown],
+        )
+        return chain
+
+    def _grow(self, chain: KeyChain, data: bytes) -> None:
+        if len(data) % 4:
+            raise ServiceError(f"{len(data)} bytes are no whole tokens")
+        if self.tokens + len(data) // 4 > MAX_KNOWN_TOKENS:
+            raise UnknownError(f"more than {MAX_KNOWN_TOKENS} tokens in all")
+        more = array("I", data)
+        if sys.byteorder == "big":
+            more.byteswap()
+        tokens = chain.tokens
+        assert isinstance(tokens, array)
+        tokens.extend(more)
+        self.tokens += len(more)

@@ -1,0 +1,320 @@
+"""What engines and the server say to each other; `docs/protocol.md` specifies it.
+
+Each message is one frame of MessagePack that decodes into one of the types below or is refused.
+Every field has a bound: a peer can be wrong, but it cannot make us allocate what it likes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from lmcache.core.errors import ServiceError
+from lmcache.core.index import Slot
+from lmcache.core.receipts import Reason, Receipt
+
+PROTOCOL = 1
+MAX_MESSAGE = 32 << 20
+"""Bytes: the tokens of a prompt of eight million."""
+MAX_TOKENS = MAX_MESSAGE // 4 - 1024
+_MAX_CHUNKS = 1 << 20
+
+Word = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Name = Annotated[str, Meta(max_length=512)]
+Long = Annotated[str, Meta(max_length=4096)]
+Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Words = Annotated[list[Word], Meta(max_length=_MAX_CHUNKS)]
+Position = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+
+
+class Shown(msgspec.Struct, frozen=True):
+    """A stretch of placeholder tokens and what it stands for; see `Insert`."""
+
+    identifier: Long
+    offset: Annotated[int, Meta(ge=-MAX_TOKENS, le=MAX_TOKENS)]
+    length: Position
+
+
+class More(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of a sequence that the server has not been told yet."""
+
+    root: Key
+    shown: Annotated[list[Shown], Meta(max_length=4096)] = []
+    at: Position = 0
+    """How many it must know already; 0 begins the sequence anew."""
+    tokens: Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
+    """Token ids, 32 bits each, little-endian."""
+
+
+class Deployment(msgspec.Struct, frozen=True, kw_only=True):
+    """What tells an engine's keys from another's, but for the layout; see `Namespace`."""
+
+    model: Long = ""
+    generation: Long = ""
+    dtype: Name = ""
+    parallel: Name = ""
+
+
+# --- from the engine
+
+
+class Attach(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """An engine wants to share the cache. The server visits the doors of its movers."""
+
+    protocol: int = PROTOCOL
+    release: Name
+    """The client's version, for messages."""
+    engine: Name
+    """The id the doors' addresses follow from."""
+    name: Name
+    """What people call it."""
+    movers: Annotated[int, Meta(ge=1, le=1024)]
+    chunk_size: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    """What the engine was told to use; None if the server's will do."""
+    mode: Name = "auto"
+    """The transfer mode it was told to use."""
+    deployment: Deployment = Deployment()
+    """For people who ask about a prompt; the roots of the engine's sequences say it all."""
+    token: Long = ""
+
+
+class Detach(msgspec.Struct, frozen=True, tag=True):
+    """The engine will not come back."""
+
+
+class Lookup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Lease the longest prefix of the first `stop` tokens of a sequence."""
+
+    owner: Name
+    sequence: Word
+    more: More | None = None
+    stop: Position
+
+
+class Promise(msgspec.Struct, frozen=True, tag=True):
+    """The engine counts on a lease: no deadline ends it from now on. Not answered."""
+
+    lease: Word
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """The owner wants nothing more of what it looked up. Not answered."""
+
+    owner: Name
+    lease: Word | None = None
+
+
+class Reserve(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Slots for what of tokens `start` .. `stop` is not stored."""
+
+    sequence: Word
+    more: More | None = None
+    start: Position
+    stop: Position
+    tail: bool
+
+
+class Depart(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A step is sent to the movers: its slots and leases are theirs. Not answered."""
+
+    number: Word
+    stores: Words = []
+    """Generations of reserved slots."""
+    loads: Words = []
+    """Numbers of leases."""
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The step that was to hold these will not be sent. Not answered."""
+
+    stores: Words = []
+    loads: Words = []
+
+
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """Nothing more will be asked of these sequences. Not answered."""
+
+    sequences: Words
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Asks whether the server is there, and whether it knows the session."""
+
+
+Request = Attach | Detach | Lookup | Promise | Release | Reserve | Depart | Cancel | Forget | Ping
+
+
+# --- from the server
+
+
+class Attached(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine shares the cache from now on."""
+
+    session: Word
+    """To be named in every further call; the movers' steps name it too."""
+    page_tokens: Annotated[int, Meta(ge=1)]
+    pages_per_chunk: Annotated[int, Meta(ge=1)]
+    slices: list[int]
+    layout: Key
+    lease_s: float
+    fetch_timeout_s: float
+    capacity_bytes: int
+
+
+class Found(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The answer to a lookup."""
+
+    slots: list[Slot]
+    lease: Word | None
+    tokens: Word
+    asked: Word
+    reason: Name
+    by_tier: dict[Name, int]
+    size: Word
+    milliseconds: float
+
+
+class Fetching(msgspec.Struct, frozen=True, tag=True):
+    """A slower tier is being read; `Found` follows under the same number."""
+
+
+class Reserved(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `Reserve`."""
+
+    slots: list[Slot]
+    reason: Name
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `Ping`."""
+
+    release: Name
+
+
+class Unknown(msgspec.Struct, frozen=True, tag=True):
+    """The server has no such session or sequence: begin anew."""
+
+    what: Name
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The request cannot be honoured, now or, if `final`, ever."""
+
+    why: Long
+    final: bool = False
+
+
+Reply = Attached | Found | Fetching | Reserved | Pong | Unknown | Refused
+
+
+class Call(msgspec.Struct, frozen=True, array_like=True):
+    """What an engine sends."""
+
+    number: Word
+    """Comes back with the answer; 0 where there is none."""
+    session: Word
+    """0 before `Attached`."""
+    body: Request
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """What the server sends."""
+
+    number: Word
+    boot: Key
+    """Another one at each start of the server."""
+    body: Reply
+
+
+Frame = TypeVar("Frame", Call, Answer)
+
+_encoder = msgspec.msgpack.Encoder()
+_CALL = msgspec.msgpack.Decoder(Call)
+_ANSWER = msgspec.msgpack.Decoder(Answer)
+
+
+def encode(frame: Call | Answer) -> bytes:
+    """The bytes of a frame. Raises `ServiceError` for one that no peer would take."""
+    data = _encoder.encode(frame)
+    if len(data) > MAX_MESSAGE:
+        raise ServiceError(f"a message of {len(data)} bytes is over {MAX_MESSAGE}")
+    return data
+
+
+def decode_call(data: bytes | memoryview) -> Call:
+    """The frame in `data`. Raises `ServiceError` for anything else."""
+    return _decode(data, _CALL)
+
+
+def decode_answer(data: bytes | memoryview) -> Answer:
+    """The frame in `data`. Raises `ServiceError` for anything else."""
+    return _decode(data, _ANSWER)
+
+
+def _decode(data: bytes | memoryview, decoder: msgspec.msgpack.Decoder[Frame]) -> Frame:
+    if len(data) > MAX_MESSAGE:
+        raise ServiceError(f"a message of {len(data)} bytes is over {MAX_MESSAGE}")
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ServiceError(f"not a message of protocol {PROTOCOL}: {error}") from error
+
+
+class _Foreign(msgspec.Struct, tag="Attach"):
+    """What every protocol has in common: how it says which one it is."""
+
+    protocol: int
+
+
+class _ForeignCall(msgspec.Struct, array_like=True):
+    number: Word
+    session: Word
+    body: _Foreign
+
+
+_FOREIGN = msgspec.msgpack.Decoder(_ForeignCall)
+
+
+def foreign_protocol(data: bytes | memoryview) -> tuple[int, int] | None:
+    """Call number and protocol of an `Attach` that is not ours; None for all else."""
+    try:
+        call = _FOREIGN.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return None if call.body.protocol == PROTOCOL else (call.number, call.body.protocol)
+
+
+def found(receipt: Receipt, slots: list[Slot], lease: int | None) -> Found:
+    """A lookup's result, as it travels."""
+    return Found(
+        slots=slots,
+        lease=lease,
+        tokens=receipt.tokens,
+        asked=receipt.asked,
+        reason=receipt.reason.name,
+        by_tier=receipt.by_tier,
+        size=receipt.bytes,
+        milliseconds=receipt.milliseconds,
+    )
+
+
+def receipt_of(answer: Found) -> Receipt:
+    """A lookup's result, as it is here. Raises `ServiceError` for a reason nobody knows."""
+    return Receipt(
+        answer.tokens,
+        answer.asked,
+        reason_of(answer.reason),
+        answer.by_tier,
+        answer.size,
+        answer.milliseconds,
+    )
+
+
+def reason_of(name: str) -> Reason:
+    """The reason of that name. Raises `ServiceError` for one that nobody knows."""
+    try:
+        return Reason[name]
+    except KeyError:
+        raise ServiceError(f"the server gives a reason nobody knows: {name}") from None

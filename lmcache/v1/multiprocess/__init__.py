@@ -1,0 +1,1 @@
+"""Module paths that engines import; the code is elsewhere."""

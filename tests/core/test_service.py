@@ -1,0 +1,386 @@
+"""Engines and a server on real sockets: what one computes another loads, and nobody hangs."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import rig
+
+from lmcache.backends.memory import MemoryBackend
+from lmcache.core.engine import moves_for
+from lmcache.core.errors import ConfigError, ServiceError
+from lmcache.core.receipts import Reason
+from lmcache.core.service import wire
+from lmcache.core.service.client import ServiceClient
+from lmcache.core.service.server import Server
+from lmcache.core.service.service import Terms
+from lmcache.core.tier import Tier
+from lmcache.core.tiers import Tiers
+
+CHUNK = rig.CHUNK_TOKENS
+DEADLINE_S = 1.0
+
+
+class Engine:
+    """An engine's scheduler, with the ranks it sends its steps to."""
+
+    def __init__(self, workshop, endpoint, *, ranks=1, name=None, **said):
+        self.id = name or rig.engine_id()
+        self.ranks = [rig.Rank(workshop, self.id, number) for number in range(ranks)]
+        self.endpoint = endpoint
+        self.workshop = workshop
+        self.client = None
+        self.attach(**said)
+
+    def attach(self, **said):
+        about = {"release": "test", "engine": self.id, "name": "test", "movers": len(self.ranks)}
+        self.client = ServiceClient.open(
+            self.endpoint, wire.Attach(**{**about, **said}), DEADLINE_S
+        )
+        self.workshop.later(self.client.close)
+
+    def chain(self, sequence):
+        return rig.chain(sequence, pages_per_chunk=self.client.geometry.pages_per_chunk)
+
+    def compute(self, sequence, table):
+        for rank in self.ranks:
+            rank.pages.compute(sequence, table)
+
+    def lookup(self, chain, owner="r"):
+        deadline = time.monotonic() + 10
+        while (hit := self.client.lookup(owner, chain, len(chain.tokens))) is None:
+            assert time.monotonic() < deadline
+        return hit
+
+    def run(self, number, stores=(), loads=()):
+        """What the ranks do with a step."""
+        failed = []
+        for rank in self.ranks:
+            failed += rank.mover.load(list(loads))[1]
+            rank.mover.store(list(stores))
+            rank.mover.publish(list(stores))
+            rank.mover.finish(number)
+        return failed
+
+    def store(self, sequence, table, start=0):
+        slots, reason = self.client.reserve(self.chain(sequence), start, len(sequence), tail=True)
+        number = self.client.depart(slots, [])
+        moves = moves_for(slots, self.client.geometry, table, 0, len(table))
+        self.run(number, stores=moves)
+        return reason
+
+    def load(self, sequence, table, owner="r"):
+        hit = self.lookup(self.chain(sequence), owner)
+        number = self.client.depart([], [hit])
+        moves = moves_for(hit.slots, self.client.geometry, table, 0, len(table))
+        return hit, self.run(number, loads=moves)
+
+    def wrong(self, sequence, table, stop):
+        return [page for rank in self.ranks for page in rank.pages.wrong(sequence, table, stop)]
+
+
+class House:
+    """A server on a thread of its own."""
+
+    def __init__(self, decider, tiers, *, endpoint="tcp://127.0.0.1:*", **terms):
+        offered = {
+            "chunk_size": CHUNK,
+            "modes": ("engine_driven",),
+            "fetch_timeout_s": 2.0,
+            "lease_s": 60.0,
+            "release": "house",
+        }
+        self.decider = decider
+        self.server = Server(decider, tiers, Terms(**{**offered, **terms}), endpoint)
+        self.endpoint = self.server.endpoint
+        self._thread = threading.Thread(target=self.server.run)
+        self._thread.start()
+
+    def close(self):
+        self.server.stop()
+        self._thread.join()
+
+    def sessions(self):
+        return self.server.ask(lambda service: len(service.sessions))
+
+    def idle(self):
+        """Whether nothing at all is held."""
+
+        def look(service):
+            service.sweep()
+            held = [
+                session
+                for session in [*service.sessions.values(), *service.leaving]
+                if session.reserved
+                or session.hits
+                or session.waiting
+                or len(session.attachment.flights)
+            ]
+            return not held and len(service.decider.leases) == 0
+
+        return self.server.ask(look)
+
+
+@pytest.fixture
+def start(workshop):
+    def start(*backends, slots=32, tiers=None, **terms):
+        decider = workshop.decider(slots)
+        named = [Tier(f"t{i}", backend) for i, backend in enumerate(backends)]
+        made_tiers = Tiers(decider, named, **(tiers or {}))
+        workshop.later(made_tiers.close)
+        house = House(decider, made_tiers, **terms)
+        workshop.later(house.close)
+        return house
+
+    return start
+
+
+@pytest.fixture
+def house(start):
+    return start()
+
+
+@pytest.fixture
+def join(workshop):
+    def join(house, **options):
+        return Engine(workshop, house.endpoint, **options)
+
+    return join
+
+
+class TestSharing:
+    def test_what_one_engine_computes_another_loads(self, house, join):
+        first, second = join(house), join(house)
+        sequence = rig.tokens(3 * CHUNK + 6)
+        first.compute(sequence, range(13))
+        assert first.store(sequence, range(13)) is Reason.NONE
+        hit, failed = second.load(sequence, range(10, 23))
+        assert (hit.tokens, failed) == (3 * CHUNK + 4, [])
+        assert second.wrong(sequence, range(10, 23), hit.tokens) == []
+        rig.wait_until(house.idle)
+
+    def test_ranks_of_one_engine(self, house, join):
+        engine = join(house, ranks=3)
+        sequence = rig.tokens(2 * CHUNK)
+        engine.compute(sequence, range(8))
+        engine.store(sequence, range(8))
+        hit, failed = engine.load(sequence, range(8, 16))
+        assert (hit.tokens, failed) == (2 * CHUNK, [])
+        assert engine.wrong(sequence, range(8, 16), hit.tokens) == []
+
+    def test_a_sequence_grows(self, house, join):
+        engine = join(house)
+        sequence = rig.tokens(5 * CHUNK)
+        engine.compute(sequence, range(20))
+        chain = engine.chain(sequence[: 2 * CHUNK])
+        assert engine.lookup(chain).receipt.reason is Reason.NEVER_STORED
+        for chunks in (2, 3, 5):
+            chain.tokens.extend(sequence[len(chain.tokens) : chunks * CHUNK])
+            slots, _ = engine.client.reserve(chain, 0, chunks * CHUNK, tail=False)
+            number = engine.client.depart(slots, [])
+            engine.run(number, moves_for(slots, engine.client.geometry, range(20), 0, 20))
+        engine.ranks[0].pages.poison()
+        hit, failed = engine.load(sequence, range(20), owner="other")
+        assert (hit.tokens, failed) == (5 * CHUNK, [])
+
+    def test_a_sequence_nobody_holds_any_more_is_forgotten(self, house, join):
+        engine = join(house)
+        chain = engine.chain(rig.tokens(CHUNK))
+        engine.lookup(chain)
+        known = lambda: house.server.ask(  # noqa: E731
+            lambda service: [len(s.sequences) for s in service.sessions.values()]
+        )
+        assert known() == [1]
+        del chain
+        engine.client.depart([], [])
+        rig.wait_until(lambda: known() == [0])
+
+    def test_the_reason_of_a_miss_arrives(self, start, join):
+        house = start(slots=2)
+        engine = join(house)
+        for seed in range(3):
+            engine.compute(rig.tokens(CHUNK, seed), range(4))
+            engine.store(rig.tokens(CHUNK, seed), range(4))
+        hit = engine.lookup(engine.chain(rig.tokens(CHUNK)))
+        assert (hit.tokens, hit.receipt.reason) == (0, Reason.EVICTED)
+
+    def test_a_slower_tier_is_read_while_the_engine_goes_on(self, start, join):
+        backend = MemoryBackend()
+        house = start(backend, slots=2)
+        engine = join(house)
+        sequence = rig.tokens(2 * CHUNK)
+        engine.compute(sequence, range(8))
+        engine.store(sequence, range(8))
+        rig.wait_until(house.idle)
+        house.server.service.tiers.flush()
+        house.server.ask(lambda service: service.decider.clear())
+        hit, failed = engine.load(sequence, range(8, 16))
+        assert (hit.tokens, failed) == (2 * CHUNK, [])
+        assert hit.receipt.by_tier == {"l1": 0, "t0": 2 * CHUNK}
+        assert engine.wrong(sequence, range(8, 16), hit.tokens) == []
+        engine.client.release("r", None)
+        rig.wait_until(house.idle)
+
+    def test_many_at_once(self, start, join):
+        """Each of them on a thread of its own, over a slab much too small for all."""
+        house = start(slots=12)
+        engines = [join(house) for _ in range(8)]
+        wrong = []
+
+        def work(engine, seed):
+            for turn in range(12):
+                sequence = rig.tokens(2 * CHUNK, (seed + turn) % 5)
+                engine.compute(sequence, range(8))
+                engine.store(sequence, range(8))
+                for rank in engine.ranks:
+                    rank.pages.poison()
+                hit, failed = engine.load(sequence, range(8, 16), owner=str(turn))
+                wrong.extend(failed)
+                wrong.extend(engine.wrong(sequence, range(8, 16), hit.tokens))
+
+        threads = [
+            threading.Thread(target=work, args=(engine, seed))
+            for seed, engine in enumerate(engines)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        rig.wait_until(house.idle)
+
+
+class TestLeases:
+    def test_what_is_released_is_free(self, house, join):
+        engine = join(house)
+        sequence = rig.tokens(CHUNK)
+        engine.compute(sequence, range(4))
+        engine.store(sequence, range(4))
+        hit = engine.lookup(engine.chain(sequence))
+        assert len(house.decider.leases) == 1
+        assert engine.client.keeps(hit)
+        engine.client.release("r", hit)
+        rig.wait_until(lambda: len(house.decider.leases) == 0)
+
+    def test_what_is_cancelled_is_free(self, house, join):
+        engine = join(house)
+        slots, _ = engine.client.reserve(
+            engine.chain(rig.tokens(2 * CHUNK)), 0, 2 * CHUNK, tail=False
+        )
+        assert house.decider.free_bytes < house.decider.capacity_bytes
+        engine.client.cancel(slots, [])
+        rig.wait_until(lambda: house.decider.free_bytes == house.decider.capacity_bytes)
+
+    def test_a_promise_outlives_the_deadline(self, workshop, join):
+        clock = rig.Clock()
+        decider = workshop.decider(8, clock=clock, lease_s=5.0)
+        house = House(decider, Tiers(decider, []))
+        workshop.later(house.close)
+        engine = join(house)
+        sequence = rig.tokens(CHUNK)
+        engine.compute(sequence, range(4))
+        engine.store(sequence, range(4))
+        chain = engine.chain(sequence)
+        hit = engine.lookup(chain)
+        other = engine.lookup(chain, "other")
+        assert engine.client.keeps(hit, promised=True)
+        engine.lookup(engine.chain(rig.tokens(CHUNK, 9)), "third")  # so that it has been heard
+        clock.now += 6
+        engine.lookup(engine.chain(rig.tokens(CHUNK, 8)), "fourth")
+        assert [lease.number for lease in decider.leases] == [hit.lease.number]
+        engine.client.release("other", other)
+        engine.client.release("r", hit)
+        rig.wait_until(house.idle)
+
+
+class TestComingAndGoing:
+    def test_an_engine_that_detaches_leaves_nothing(self, house, join):
+        engine = join(house)
+        sequence = rig.tokens(CHUNK)
+        engine.compute(sequence, range(4))
+        engine.store(sequence, range(4))
+        engine.lookup(engine.chain(sequence))
+        engine.client.reserve(engine.chain(rig.tokens(CHUNK, 2)), 0, CHUNK, tail=False)
+        engine.client.close()
+        rig.wait_until(lambda: not house.sessions() and house.idle())
+        rig.assert_idle(house.decider)
+
+    def test_an_engine_whose_rank_dies_leaves_nothing(self, house, join):
+        engine = join(house, ranks=2)
+        slots, _ = engine.client.reserve(engine.chain(rig.tokens(CHUNK, 2)), 0, CHUNK, tail=False)
+        engine.client.depart(slots, [])
+        engine.ranks[1].door.close()
+        rig.wait_until(lambda: not house.sessions())
+        rig.wait_until(lambda: house.decider.free_bytes == house.decider.capacity_bytes)
+        rig.wait_until(lambda: not engine.client.is_whole())
+
+    def test_an_engine_attaches_anew(self, house, join):
+        engine = join(house)
+        sequence = rig.tokens(CHUNK)
+        engine.compute(sequence, range(4))
+        engine.store(sequence, range(4))
+        engine.client.reserve(engine.chain(rig.tokens(CHUNK, 2)), 0, CHUNK, tail=False)
+        before = engine.client
+        engine.attach()
+        rig.wait_until(lambda: not before.is_whole())
+        hit, failed = engine.load(sequence, range(4, 8))
+        assert (hit.tokens, failed) == (CHUNK, [])
+        assert house.sessions() == 1
+        rig.wait_until(house.idle)
+
+    def test_a_server_that_is_gone_costs_nothing(self, house, join):
+        engine = join(house)
+        sequence = rig.tokens(CHUNK)
+        chain = engine.chain(sequence)
+        house.close()
+        rig.wait_until(lambda: not engine.client.is_whole())
+        started = time.monotonic()
+        assert engine.client.lookup("r", chain, CHUNK).receipt.reason is Reason.DEGRADED
+        assert engine.client.reserve(chain, 0, CHUNK, tail=False) == ([], Reason.DEGRADED)
+        engine.client.cancel([], [])
+        engine.client.release("r", None)
+        assert time.monotonic() - started < 0.5
+
+    def test_nobody_listens(self, workshop):
+        with pytest.raises(ServiceError, match="no server listens on tcp://127.0.0.1:9"):
+            Engine(workshop, "tcp://127.0.0.1:9")
+
+    def test_all_words_are_given_back(self, house, join):
+        for _ in range(5):
+            engine = join(house, ranks=2)
+            engine.client.close()
+            rig.wait_until(lambda: not house.sessions())
+        rig.wait_until(lambda: house.server.ask(lambda service: len(service._words)) == 1024)
+
+
+class TestTerms:
+    @pytest.mark.parametrize(
+        ("said", "message"),
+        [
+            ({"protocol": 2}, r"house\) speaks protocol 1, the engine speaks 2"),
+            ({"chunk_size": 99}, "chunks are 16 tokens, the engine was told to use 99"),
+            ({"mode": "teleport"}, "the engine wants teleport, the server does engine_driven"),
+            ({"token": "guess"}, "the token is not the server's"),
+        ],
+    )
+    def test_an_engine_that_cannot_be_served_is_told_why(self, house, join, said, message):
+        with pytest.raises(ConfigError, match=message):
+            join(house, **said)
+        assert house.sessions() == 0
+
+    def test_a_token(self, start, join):
+        house = start(token="secret")
+        with pytest.raises(ConfigError, match="the token is not the server's"):
+            join(house)
+        assert join(house, token="secret").client.is_whole()
+
+    def test_a_port_that_is_taken(self, house):
+        with pytest.raises(ServiceError, match="cannot listen on"):
+            House(house.decider, Tiers(house.decider, []), endpoint=house.endpoint)
+
+    def test_movers_that_do_not_answer(self, house, join):
+        with pytest.raises(ServiceError, match="refuses: no mover answers"):
+            join(house, ranks=1, movers=2)
+        rig.wait_until(lambda: house.server.ask(lambda service: len(service._words)) == 1024)
