@@ -169,3 +169,84 @@ def test_a_second_engine_loads_what_the_first_computed(start_engine, start_serve
         assert status["l1"]["chunks"] > 0
     server.wait(lambda status: not status["engines"] and not status["leaving"])
     assert server.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def truth(start_engine):
+    """What each story's answer is without a cache, and in any batch: in single precision."""
+    answers = {}
+    with start_engine(one_process=True, dtype="float32") as engine:
+        for number in range(10, 22):
+            answers[number] = ask(engine, story(number, 600))
+    return answers
+
+
+class TestTroubles:
+    def test_the_server_may_start_last_and_go_and_come(self, start_engine, start_server, truth):
+        server = start_server("--l1-size-gb", "0.5")
+        server.kill()
+        with start_engine(
+            kv_transfer_config=server.transfer(), one_process=True, dtype="float32"
+        ) as engine:
+            assert ask(engine, story(10, 600)).token_ids == truth[10].token_ids
+            for _ in range(2):
+                server.start()
+                server.wait(lambda status: status["engines"], 6.0)
+                for number in (10, 10, 11):
+                    answer = ask(engine, story(number, 600))
+                    assert answer.token_ids == truth[number].token_ids
+                assert ask(engine, story(11, 600)).num_cached_tokens > 0
+                server.kill()
+                started = time.monotonic()
+                assert ask(engine, story(10, 600)).token_ids == truth[10].token_ids
+                assert time.monotonic() - started < truth[10].ttft_s + 4
+
+    def test_a_server_that_is_stopped_costs_one_deadline(self, start_engine, start_server, truth):
+        server = start_server("--l1-size-gb", "0.5")
+        with start_engine(
+            kv_transfer_config=server.transfer(), one_process=True, dtype="float32"
+        ) as engine:
+            server.wait(lambda status: status["engines"], 6.0)
+            ask(engine, story(10, 600))
+            assert ask(engine, story(10, 600)).num_cached_tokens > 0
+            server.send(signal.SIGSTOP)
+            slowest = 0.0
+            for number in (10, 11, 12, 10, 11, 12):
+                answer = ask(engine, story(number, 600))
+                assert answer.token_ids == truth[number].token_ids
+                slowest = max(slowest, answer.ttft_s / truth[number].ttft_s)
+            time.sleep(5)
+            server.send(signal.SIGCONT)
+            server.wait_idle()
+            ask(engine, story(13, 600))
+            deadline = time.monotonic() + 5
+            while not ask(engine, story(13, 600)).num_cached_tokens:
+                assert time.monotonic() < deadline
+            server.wait_idle()
+
+    def test_killed_twenty_times_under_load(self, start_engine, start_server, truth):
+        server = start_server("--l1-size-gb", "0.1")
+        rng = random.Random(0)
+        with start_engine(
+            kv_transfer_config=server.transfer(), one_process=True, dtype="float32"
+        ) as engine:
+            for turn in range(20):
+                numbers = [rng.randrange(10, 22) for _ in range(3)]
+                pending = engine.submit([story(n, 600) for n in numbers], max_tokens=12)
+                time.sleep(rng.random() * 2)
+                server.kill()
+                for number, answer in zip(numbers, engine.complete(pending, 120), strict=True):
+                    assert answer.token_ids == truth[number].token_ids, turn
+                server.start()
+            server.wait(lambda status: status["engines"], 6.0)
+            server.wait_idle()
+
+    def test_an_engine_that_is_killed_is_let_go_at_once(self, start_engine, start_server):
+        server = start_server("--l1-size-gb", "0.5")
+        engine = start_engine(kv_transfer_config=server.transfer())
+        engine.submit([story(n, 1500) for n in range(3)], max_tokens=64)
+        time.sleep(1.5)
+        engine._child.kill()
+        server.wait(lambda status: not status["engines"] and not status["leaving"], 2.0)
+        server.wait_idle(1.0)
+        engine.close()
