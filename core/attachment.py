@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lmcache.core.borrower import Borrower
 from lmcache.core.client import CacheClient
 from lmcache.core.errors import HandoverError
 from lmcache.core.flights import Flights
@@ -59,6 +60,8 @@ class Attachment(CacheClient):
     geometry: Geometry
     flights: Flights
     visits: list[Visit]
+    borrowers: list[Borrower]
+    """The movers in this process, of those that lend their pages."""
     number: int
     owned: bool = True
     """Whether the decider and its tiers end with it."""
@@ -84,6 +87,7 @@ class Attachment(CacheClient):
         """
         numbers = range(movers) if words is None else words
         visits: list[Visit] = []
+        borrowers: list[Borrower] = []
         built: tuple[Decider, Tiers] | None = None
         try:
             for number in range(movers):
@@ -96,27 +100,31 @@ class Attachment(CacheClient):
             number = secrets.randbits(62) + 1
             writers = {hello.slice_index: hello.number for hello in reversed(hellos)}
             for visit in visits:
-                visit.grant(
-                    Grant(
-                        attachment=number,
-                        slab_bytes=decider.slab.size,
-                        word=numbers[visit.hello.number],
-                        pages_per_chunk=geometry.pages_per_chunk,
-                        slices=geometry.slices,
-                        layout=geometry.layout,
-                        writes=writers[visit.hello.slice_index] == visit.hello.number,
-                    ),
-                    decider.slab.fd,
+                grant = Grant(
+                    attachment=number,
+                    slab_bytes=decider.slab.size,
+                    word=numbers[visit.hello.number],
+                    pages_per_chunk=geometry.pages_per_chunk,
+                    slices=geometry.slices,
+                    layout=geometry.layout,
+                    writes=writers[visit.hello.slice_index] == visit.hello.number,
                 )
+                if visit.hello.lends:
+                    borrowers.append(Borrower(visit, grant, geometry, decider.slab))
+                visit.grant(grant, None if visit.hello.lends else decider.slab.fd)
         except BaseException:
             for visit in visits:
                 visit.close()
+            for borrower in borrowers:
+                borrower.close()
             if built and words is None:
                 built[1].close()
                 built[0].slab.close()
             raise
         flights = Flights(decider, geometry, numbers)
-        return cls(decider, tiers, geometry, flights, visits, number, owned=words is None)
+        return cls(
+            decider, tiers, geometry, flights, visits, borrowers, number, owned=words is None
+        )
 
     def lookup(self, owner: str, chain: KeyChain, stop: int) -> Hit | None:
         """From the slab at once, from slower tiers later."""
@@ -173,13 +181,16 @@ class Attachment(CacheClient):
 
     def is_silent(self) -> bool:
         """Whether no mover touches the slab any more: each has let go, or is dead. Never blocks."""
-        return not any(visit.is_alive() for visit in self.visits)
+        visits = any(visit.is_alive() for visit in self.visits)
+        return not visits and all(borrower.is_silent() for borrower in self.borrowers)
 
     def close(self) -> None:
         """Let go of the movers and the tiers. The slab goes with its last mapping."""
         with ExitStack() as stack:  # an error in one of them must not leak the others
             if self.owned:
                 stack.callback(self.tiers.close)
+            for borrower in self.borrowers:
+                stack.callback(borrower.close)
             for visit in self.visits:
                 stack.callback(visit.close)
             for call in reversed(self.on_close):

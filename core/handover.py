@@ -10,7 +10,6 @@ always means that the mover touches the slab no more.
 
 from __future__ import annotations
 
-import array
 import hashlib
 import os
 import socket
@@ -19,12 +18,14 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from lmcache.core.errors import HandoverError
+from lmcache.core.frames import MAX_DESCRIPTORS, receive, send
+from lmcache.core.layout import PageLayout
 from lmcache.core.log import init_logger
 
 if TYPE_CHECKING:
@@ -33,9 +34,17 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 PROTOCOL = 1
-MAX_MESSAGE = 64 * 1024
 BUSY_S = 0.1
-_LENGTH = struct.Struct("<I")
+CHANNELS = 2
+"""Sockets on which a mover that lends its memory asks for copies: for loads and for stores."""
+
+
+class Lending(msgspec.Struct, frozen=True, kw_only=True):
+    """The mover's pages, for the decider's process to copy. Their descriptors come with `Hello`."""
+
+    layout: PageLayout
+    spans: list[tuple[int, int]]
+    """Address and length of each mapping, where the layout's addresses count."""
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,10 +59,12 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     slice_index: int
     """The slice of every page it holds; movers with the same slice hold the same bytes."""
     pid: int
+    lends: Lending | None = None
+    """Set if the decider's process is to copy; then no slab is handed over."""
 
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True):
-    """The decider's answer, with the slab's file descriptor beside it."""
+    """The decider's answer; the slab's file descriptor is beside it unless the mover lends."""
 
     attachment: int
     """What a step must name to be meant for this slab and no earlier or later one."""
@@ -67,7 +78,8 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     """Whether this mover is the one that stores its slice."""
 
 
-Message = TypeVar("Message", Hello, Grant)
+_HELLO = msgspec.msgpack.Decoder(Hello)
+_GRANT = msgspec.msgpack.Decoder(Grant)
 
 
 def address_of(engine_id: str, number: int) -> str:
@@ -76,45 +88,6 @@ def address_of(engine_id: str, number: int) -> str:
     if sys.platform == "linux":
         return f"\0lmcache-{os.getuid()}-{name}"
     return os.path.join(tempfile.gettempdir(), f"lmcache-{os.getuid()}-{name[:16]}.sock")
-
-
-def _send(sock: socket.socket, message: msgspec.Struct, fds: list[int] | None = None) -> None:
-    body = msgspec.msgpack.encode(message)
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    frame = _LENGTH.pack(len(body)) + body
-    sent = sock.sendmsg([frame], rights)
-    if sent < len(frame):  # or an empty send would fail where the answer says why
-        sock.sendall(frame[sent:])
-
-
-def _receive(
-    sock: socket.socket, kind: type[Message], *, fds: int = 0
-) -> tuple[Message, list[int]]:
-    """A message and the descriptors beside it, of which there must be `fds`."""
-    received = array.array("i")
-    space = socket.CMSG_SPACE(received.itemsize)
-    flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-    head, ancillary, _, _ = sock.recvmsg(_LENGTH.size, space, flags)
-    for level, what, data in ancillary:
-        if level == socket.SOL_SOCKET and what == socket.SCM_RIGHTS:
-            received.frombytes(data[: len(data) - len(data) % received.itemsize])
-    try:
-        if len(received) != fds:
-            raise HandoverError(f"{len(received)} file descriptors instead of {fds}")
-        (length,) = _LENGTH.unpack(head)
-        if length > MAX_MESSAGE:
-            raise HandoverError(f"a {kind.__name__} of {length} bytes is over {MAX_MESSAGE}")
-        body = b""
-        while len(body) < length and (part := sock.recv(length - len(body))):
-            body += part
-        return msgspec.msgpack.decode(body, type=kind), list(received)
-    except BaseException as error:
-        for fd in received:
-            os.close(fd)
-        if isinstance(error, (struct.error, msgspec.MsgspecError, HandoverError)):
-            message = f"no valid {kind.__name__} from the other process: {error}"
-            raise HandoverError(message) from error
-        raise
 
 
 def _same_user(sock: socket.socket) -> bool:
@@ -135,14 +108,17 @@ class Door:
         self,
         address: str,
         hello: Hello,
-        granted: Callable[[Grant, int], None],
+        granted: Callable[[Grant, list[int]], None],
         left: Callable[[], None],
+        lent: Callable[[], list[int]] | None = None,
     ) -> None:
-        """`granted(grant, fd)` owns `fd` from then on; `left()` returns when nothing uses the slab.
+        """`granted(grant, fds)` owns `fds` from then on: the slab's, or the channels of a lending.
 
-        Both are called on the door's thread; `left` also if nothing was granted.
+        `left()` returns when nothing uses the slab. Both are called on the door's thread; `left`
+        also if nothing was granted. `lent()` are the descriptors of what `hello` lends.
         """
         self._hello = hello
+        self._lent = lent
         self._granted = granted
         self._left = left
         self._address = address
@@ -174,6 +150,12 @@ class Door:
         if not self._address.startswith("\0") and os.path.exists(self._address):
             os.unlink(self._address)
 
+    def hang_up(self) -> None:
+        """Let go of the decider at hand; another, or the same, may come. Any thread may call it."""
+        with suppress(OSError):
+            if self._visitor:
+                self._visitor.shutdown(socket.SHUT_RD)
+
     def _serve(self) -> None:
         while not self._closed:
             try:
@@ -190,9 +172,12 @@ class Door:
     def _meet(self, sock: socket.socket) -> None:
         try:
             sock.settimeout(self.GRANT_S)
-            _send(sock, self._hello)
-            grant, fds = _receive(sock, Grant, fds=1)
-            self._take(grant, fds[0])
+            with ExitStack() as unused:
+                channels = self._introduce(sock, unused)
+                grant, fds = receive(sock, _GRANT, descriptors=1)
+                if len(fds) != (0 if channels else 1):
+                    raise HandoverError(f"{len(fds)} file descriptors with the grant")
+                self._take(grant, fds or [channel.detach() for channel in channels])
             sock.sendall(b"\1")
             sock.settimeout(None)
             sock.recv(1)  # returns when the decider is gone or leaves
@@ -202,9 +187,21 @@ class Door:
         finally:
             self._left()
 
-    def _take(self, grant: Grant, fd: int) -> None:
+    def _introduce(self, sock: socket.socket, unused: ExitStack) -> list[socket.socket]:
+        """Say hello; our ends of the channels, if we lend, which `unused` closes."""
+        if self._lent is None:
+            send(sock, self._hello)
+            return []
+        pairs = [socket.socketpair() for _ in range(CHANNELS)]
+        with ExitStack() as theirs:
+            for _, end in pairs:
+                theirs.enter_context(end)
+            send(sock, self._hello, [*(end.fileno() for _, end in pairs), *self._lent()])
+        return [unused.enter_context(end) for end, _ in pairs]
+
+    def _take(self, grant: Grant, fds: list[int]) -> None:
         try:
-            self._granted(grant, fd)
+            self._granted(grant, fds)
         except Exception as error:
             logger.warning("cannot use the slab: %r", error)
             raise HandoverError(f"cannot use the slab: {error!r}") from error
@@ -215,29 +212,42 @@ class Visit:
 
     def __init__(self, address: str, timeout_s: float) -> None:
         """Raises `HandoverError` if no mover listens there or none answers in time."""
+        self.fds: list[int] = []
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.settimeout(timeout_s)
         try:
             self._sock.connect(address)
             if not _same_user(self._sock):
                 raise HandoverError("the mover belongs to another user")
-            self.hello, _ = _receive(self._sock, Hello)
+            self.hello, self.fds = receive(self._sock, _HELLO, descriptors=MAX_DESCRIPTORS)
+            self._check()
         except OSError as error:
-            self._sock.close()
+            self.close()
             raise HandoverError(f"no mover answers: {error}") from error
         except HandoverError:
-            self._sock.close()
+            self.close()
             raise
-        if self.hello.protocol != PROTOCOL:
-            self._sock.close()
-            raise HandoverError(
-                f"mover speaks handover protocol {self.hello.protocol}, we speak {PROTOCOL}"
-            )
 
-    def grant(self, grant: Grant, fd: int) -> None:
-        """Hand over the slab; returns when the mover has mapped it."""
+    def _check(self) -> None:
+        lends = self.hello.lends
+        wanted = CHANNELS + len(lends.spans) if lends else 0
+        if self.hello.protocol != PROTOCOL:
+            problem = f"mover speaks handover protocol {self.hello.protocol}, we speak {PROTOCOL}"
+        elif len(self.fds) != wanted:
+            problem = f"{len(self.fds)} file descriptors instead of {wanted}"
+        else:
+            return
+        raise HandoverError(problem)
+
+    def take_fds(self) -> list[int]:
+        """The descriptors that came with `hello`; the caller owns them."""
+        fds, self.fds = self.fds, []
+        return fds
+
+    def grant(self, grant: Grant, fd: int | None) -> None:
+        """Hand over the slab; returns when the mover has mapped it. None for one that lends."""
         try:
-            _send(self._sock, grant, [fd])
+            send(self._sock, grant, [] if fd is None else [fd])
             if self._sock.recv(1) != b"\1":
                 raise HandoverError("the mover could not map the slab; its log says why")
         except OSError as error:
@@ -261,3 +271,5 @@ class Visit:
     def close(self) -> None:
         """End the connection."""
         self._sock.close()
+        for fd in self.take_fds():
+            os.close(fd)

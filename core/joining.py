@@ -39,18 +39,21 @@ class Joining(Generic[Cache]):
     """An engine that shuts down loses its movers first, and that is nothing to warn of."""
 
     def __init__(
-        self, attach: Callable[[], Cache], lost: str = "a mover is gone", watch_s: float = WATCH_S
+        self,
+        attach: Callable[[], Cache],
+        lost: str = "a mover is gone",
+        watch_s: float | None = None,
     ) -> None:
         """`attach` is called until it succeeds, and again whenever what it made is not whole.
 
-        That is looked at every `watch_s` seconds; `lost` is what it means, for the log.
+        That is looked at every `watch_s` seconds, by default `WATCH_S`; `lost` says what it means.
 
         Returns after the first attempt or `FIRST_WAIT_S`, whichever comes first. Raises what the
         first attempt raised if trying again would not help: `ConfigError` or `PluginError`.
         """
         self._attach = attach
         self._lost = lost
-        self._watch_s = watch_s
+        self._watch_s = watch_s or self.WATCH_S
         self._current: Cache | None = None
         self._hopeless: LMCacheError | None = None
         self._tried = threading.Event()

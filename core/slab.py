@@ -21,12 +21,12 @@ _libc = ctypes.CDLL(None)
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 
 
-def _anonymous_file(size: int) -> int:
-    """A file without a name, so that no crash leaves one behind."""
+def anonymous_file(size: int) -> int:
+    """The descriptor of a file without a name, so that no crash leaves one behind."""
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("lmcache-slab", os.MFD_CLOEXEC)
+        fd = os.memfd_create("lmcache", os.MFD_CLOEXEC)
     else:
-        handle, path = tempfile.mkstemp(prefix="lmcache-slab-")
+        handle, path = tempfile.mkstemp(prefix="lmcache-")
         os.unlink(path)
         fd = handle
     try:
@@ -64,7 +64,7 @@ class Slab:
     @classmethod
     def create(cls, size: int) -> Slab:
         """Reserve a new slab of `size` bytes, all zero."""
-        return cls(_anonymous_file(size), size)
+        return cls(anonymous_file(size), size)
 
     def read_word(self, offset: int) -> int:
         """The 64-bit word at `offset`."""
@@ -90,6 +90,12 @@ class Slab:
                 ctypes.c_int(_MADV_POPULATE_WRITE),
             )
 
+    def lend(self) -> Slab:
+        """The same mapping, for a user of it who closes what he is given."""
+        loan = object.__new__(_Loan)
+        loan.__dict__.update(self.__dict__)
+        return loan
+
     def close(self) -> None:
         """Unmap. The memory goes when the last process that maps it has closed it.
 
@@ -100,3 +106,10 @@ class Slab:
             self._map.close()
         self._close_fd()
         self.fd = -1
+
+
+class _Loan(Slab):
+    """Somebody else's slab."""
+
+    def close(self) -> None:
+        """Unmap nothing: that is for the owner."""

@@ -48,7 +48,13 @@ class LMCacheMPConnector(Wall, KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
         if role.name == "WORKER":
-            self._worker = WorkerSide(vllm_config, kv_cache_config, outside=True)
+            self._worker = WorkerSide(
+                vllm_config,
+                kv_cache_config,
+                outside=True,
+                lends=options.mp_transfer_mode == "lmcache_driven",
+                deadline_s=options.mq_timeout,
+            )
         else:
             self._scheduler = _scheduler_side(vllm_config, loaded, options)
         LIVE.add(self)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lmcache.adapters.vllm.step import Copy, Step
+    from lmcache.core.lender import Lender
     from lmcache.core.mover import Mover
 
 logger = init_logger(__name__)
@@ -47,7 +48,7 @@ class Progress:
 
 class _Load(NamedTuple):
     copy: Copy
-    mover: Mover
+    mover: Mover | Lender
     progress: Progress
     step: int
 
@@ -55,7 +56,7 @@ class _Load(NamedTuple):
 class OutsideLoads:
     """Makes loads one after another on a thread, and says which requests have theirs."""
 
-    def __init__(self, load: Callable[[Mover, Copy], list[int]]) -> None:
+    def __init__(self, load: Callable[[Mover | Lender, Copy], list[int]]) -> None:
         """`load` fills the pages of a copy and returns those it could not fill."""
         self._load = load
         self._queue: SimpleQueue[_Load | None] = SimpleQueue()
@@ -64,7 +65,7 @@ class OutsideLoads:
         self._failed: set[int] = set()
         self._thread: threading.Thread | None = None
 
-    def submit(self, step: Step, mover: Mover, progress: Progress) -> None:
+    def submit(self, step: Step, mover: Mover | Lender, progress: Progress) -> None:
         """Load what the step says, each load a part of its progress."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="lmcache-loads", daemon=True)

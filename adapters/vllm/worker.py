@@ -20,7 +20,9 @@ from lmcache.adapters.vllm.translate import (
     version_of,
 )
 from lmcache.core.geometry import Geometry
-from lmcache.core.handover import Door, Grant, Hello, address_of
+from lmcache.core.handover import Door, Grant, Hello, Lending, address_of
+from lmcache.core.lender import Lender
+from lmcache.core.lent_memory import LentMemory
 from lmcache.core.log import init_logger
 from lmcache.core.mover import Move, Mover
 from lmcache.core.selfcheck import check_layout
@@ -41,7 +43,7 @@ class Granted(NamedTuple):
     """What one attachment gave us."""
 
     attachment: int
-    mover: Mover
+    mover: Mover | Lender
     progress: Progress
 
 
@@ -55,18 +57,29 @@ class WorkerSide:
         *,
         layerwise: bool = False,
         outside: bool = False,
+        lends: bool = False,
+        deadline_s: float = 1.0,
     ) -> None:
-        """With `outside`, loads are made while the batch goes on, and `take_received` tells."""
+        """With `outside`, loads are made while the batch goes on, and `take_received` tells.
+
+        With `lends`, another process makes the copies, each of which may take `deadline_s` and what
+        its bytes take besides.
+        """
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._layerwise = layerwise
         self._layout: PageLayout | None = None
         self._tensors: list[torch.Tensor] = []
         self._regions: dict[str, int] = {}
+        self._lends = lends
+        self._deadline_s = deadline_s
+        self._memory: LentMemory | None = None
+        self._lender: Lender | None = None
+        """The latest, whose pages may have to be taken back."""
         self._door: Door | None = None
         self._granted: Granted | None = None
         """By the latest attachment, on the door's thread."""
-        self._retired: list[Mover] = []
+        self._retired: list[Mover | Lender] = []
         """Movers of attachments that ended, to be closed where they are used."""
         self._outside = OutsideLoads(self._load_copy) if outside else None
         self._now: Granted | None = None
@@ -86,6 +99,8 @@ class WorkerSide:
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learn the layout and wait, on another thread, for the scheduling side."""
         check_parallel(self._vllm_config)
+        if self._lends:
+            self._memory = LentMemory(kv_caches.values())
         backends = backends_of(self._vllm_config, kv_caches)
         layout = layout_of(kv_caches, backends, self._kv_cache_config, vllm.__version__)
         tensors, self._regions = distinct(kv_caches)
@@ -102,9 +117,12 @@ class WorkerSide:
             fingerprint=layout.fingerprint,
             slice_index=slice_of(self._vllm_config),
             pid=os.getpid(),
+            lends=self._lending(layout),
         )
         transfer: Any = self._vllm_config.kv_transfer_config
-        self._door = Door(address_of(transfer.engine_id, rank), hello, self._attach, self._detach)
+        address = address_of(transfer.engine_id, rank)
+        lent = self._memory.fds if self._memory else None
+        self._door = Door(address, hello, self._attach, self._detach, lent)
         logger.info(
             "Registered %d pages of %d tokens, %d bytes each, %s (layout %s)",
             layout.num_pages,
@@ -114,8 +132,18 @@ class WorkerSide:
             layout.fingerprint[:12],
         )
 
-    def _attach(self, grant: Grant, fd: int) -> None:
-        """Map the slab. Called on the door's thread."""
+    def _lending(self, layout: PageLayout) -> Lending | None:
+        if not self._memory:
+            return None
+        spans = [(span.address, span.length) for span in self._memory.spans]
+        return Lending(layout=layout, spans=spans)
+
+    def _attach(self, grant: Grant, fds: list[int]) -> None:
+        """Map the slab, or ask for copies. Called on the door's thread."""
+        mover = self._lender_for(fds) if self._lends else self._mover_for(grant, fds[0])
+        self._granted = Granted(grant.attachment, mover, Progress(mover.finish))
+
+    def _mover_for(self, grant: Grant, fd: int) -> Mover:
         assert self._layout is not None, "the door opens after the layout is known"
         geometry = Geometry(
             page_tokens=self._layout.page_tokens,
@@ -123,7 +151,7 @@ class WorkerSide:
             slices=grant.slices,
             layout=grant.layout,
         )
-        mover = Mover(
+        return Mover(
             self._layout,
             geometry,
             Slab(fd, grant.slab_bytes),
@@ -132,7 +160,19 @@ class WorkerSide:
             writes=grant.writes,
             tensors=self._tensors,
         )
-        self._granted = Granted(grant.attachment, mover, Progress(mover.finish))
+
+    def _lender_for(self, channels: list[int]) -> Lender:
+        assert self._layout
+        assert self._memory
+        assert self._door
+        self._lender = Lender(
+            self._layout,
+            channels,
+            self._deadline_s,
+            take_back=self._memory.take_back,
+            given_up=self._door.hang_up,
+        )
+        return self._lender
 
     def _detach(self) -> None:
         """Leave the slab alone. Called on the door's thread."""
@@ -145,6 +185,8 @@ class WorkerSide:
 
     def begin(self, step: Step) -> None:
         """A step was bound. Where vLLM starts loads after the forward pass, layers store before."""
+        if self._lender:
+            self._lender.take_back()
         while self._retired:
             self._retired.pop().close()
         self._step = step
@@ -270,7 +312,7 @@ class WorkerSide:
             self._failed.update(pages)
             self._tainted = self._in_flight
 
-    def _load_region(self, mover: Mover, region: int) -> None:
+    def _load_region(self, mover: Mover | Lender, region: int) -> None:
         self._loaded.add(region)
         failed = self._step.all_loads()
         try:
@@ -278,12 +320,12 @@ class WorkerSide:
         finally:
             self._give_up(failed)  # all of them, if the load raised
 
-    def _load(self, mover: Mover) -> None:
+    def _load(self, mover: Mover | Lender) -> None:
         self._loaded.update(self._unloaded())
         for copy in self._step.loads:
             self._lose(self._load_copy(mover, copy))
 
-    def _load_copy(self, mover: Mover, copy: Copy) -> list[int]:
+    def _load_copy(self, mover: Mover | Lender, copy: Copy) -> list[int]:
         """Fill the pages of one request; those that could not be."""
         started = time.perf_counter()
         size, failed = mover.load(copy.moves)
@@ -303,7 +345,7 @@ class WorkerSide:
         )
         return []
 
-    def _store(self, mover: Mover, copy: Copy) -> None:
+    def _store(self, mover: Mover | Lender, copy: Copy) -> None:
         started = time.perf_counter()
         size = 0
         for region in self._unstored():

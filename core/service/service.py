@@ -147,8 +147,9 @@ class Service:
                 f"the engine was told to use {about.chunk_size}"
             )
             return wire.Refused(why, final=True)
-        if about.mode not in ("auto", *self.terms.modes):
-            why = f"the engine wants {about.mode}, the server does {' or '.join(self.terms.modes)}"
+        mode = "engine_driven" if about.mode == "auto" else about.mode
+        if mode not in self.terms.modes:
+            why = f"the engine wants {mode}, the server does {' or '.join(self.terms.modes)}"
             return wire.Refused(why, final=True)
         if len(self._words) < about.movers:
             return wire.Refused(f"{MAX_MOVERS} movers are attached already")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-TRANSFER_MODES = ("engine_driven",)
+TRANSFER_MODES = ("engine_driven", "lmcache_driven")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class Worker:
         hello = rig.hello(number, slice_index=slice_index, pages=self.pages, pid=os.getpid())
         self.door = Door(address_of(engine, number), hello, self.attach, self.leave)
 
-    def attach(self, grant, fd):
+    def attach(self, grant, fds):
+        [fd] = fds
         geometry = Geometry(
             page_tokens=rig.PAGE_TOKENS,
             pages_per_chunk=grant.pages_per_chunk,

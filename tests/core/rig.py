@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import torch
 from blake3 import blake3
 
 from lmcache.core.chain import KeyChain
@@ -27,6 +28,7 @@ from lmcache.core.geometry import Geometry, combined_layout
 from lmcache.core.handover import Door, Hello, address_of
 from lmcache.core.keys import Identity, Namespace, root_key
 from lmcache.core.layout import PageLayout, region_of
+from lmcache.core.lent_memory import LentMemory
 from lmcache.core.mover import Mover
 from lmcache.core.slab import CONTROL_BYTES, Slab
 from lmcache.core.tier import Tier
@@ -62,12 +64,24 @@ class Pages:
     """An engine's pages: `REGIONS` arrays in ordinary memory."""
 
     def __init__(
-        self, count=32, *, slice_index=0, width=WIDTH, page_tokens=PAGE_TOKENS, kind="rig"
+        self,
+        count=32,
+        *,
+        slice_index=0,
+        width=WIDTH,
+        page_tokens=PAGE_TOKENS,
+        kind="rig",
+        lends=False,
     ):
         self.count = count
         self.slice_index = slice_index
         shape = (REGIONS, count, page_tokens, width)
+        self.lent = None
         self.memory = np.full(shape, POISON, np.uint8)
+        if lends:
+            tensor = torch.from_numpy(self.memory).clone()
+            self.lent = LentMemory([tensor])
+            self.memory = tensor.numpy()
         self.layout = PageLayout(
             tuple(
                 region_of(
@@ -233,7 +247,8 @@ class Rank:
         self.door = Door(address_of(engine, number), said_hello, self.attach, self.leave)
         workshop.later(self.close)
 
-    def attach(self, grant, fd):
+    def attach(self, grant, fds):
+        [fd] = fds
         self.grant = grant
         self.mover = Mover(
             self.pages.layout,

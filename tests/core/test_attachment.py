@@ -382,7 +382,7 @@ def slabs_open():
             links.append(os.readlink(f"/proc/self/fd/{fd}"))
         except FileNotFoundError:
             continue
-    return sum("lmcache-slab" in link for link in links)
+    return sum("memfd:lmcache" in link for link in links)
 
 
 class TestRefusals:
@@ -406,7 +406,10 @@ class TestRefusals:
     def test_a_mover_with_anothers_number(self, workshop, engine, attach):
         rig.Rank(workshop, engine, 0, pid=1)
         door = Door(
-            address_of(engine, 1), rig.hello(0, slice_index=1), lambda grant, fd: None, lambda: None
+            address_of(engine, 1),
+            rig.hello(0, slice_index=1),
+            lambda grant, fds: None,
+            lambda: None,
         )
         workshop.later(door.close)
         with pytest.raises(HandoverError, match=r"movers say they are \[0, 0\]"):
@@ -415,8 +418,8 @@ class TestRefusals:
     def test_a_mover_that_cannot_map_the_slab(self, workshop, engine, attach, made):
         ranks = [rig.Rank(workshop, engine, number) for number in range(2)]
 
-        def fail(grant, fd):
-            os.close(fd)
+        def fail(grant, fds):
+            os.close(fds[0])
             raise MemoryError
 
         ranks[1].door._granted = fail

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
@@ -250,3 +249,43 @@ class TestTroubles:
         server.wait(lambda status: not status["engines"] and not status["leaving"], 2.0)
         server.wait_idle(1.0)
         engine.close()
+
+
+class TestLending:
+    """The server copies, from and into the engine's own memory."""
+
+    def test_a_second_engine_loads_what_the_first_computed(self, start_engine, start_server):
+        server = start_server("--l1-size-gb", "1", "--supported-transfer-mode", "lmcache_driven")
+        transfer = server.transfer(mp_transfer_mode="lmcache_driven")
+        prompt = story(1, 1500)
+        with start_engine(kv_transfer_config=transfer, one_process=True) as engine:
+            cold, warm = ask(engine, prompt), ask(engine, prompt)
+            assert warm.token_ids == cold.token_ids
+            assert warm.num_cached_tokens > 1000
+        server.wait(lambda status: not status["engines"])
+        with start_engine(kv_transfer_config=transfer) as engine:
+            other = ask(engine, prompt)
+            assert other.token_ids == cold.token_ids
+            assert other.num_cached_tokens == warm.num_cached_tokens
+            server.wait_idle()
+        assert server.stop() == 0
+
+    def test_a_server_that_is_stopped_while_it_copies(self, start_engine, start_server, truth):
+        """Its copies may go on when it wakes up, long after the engine has given up on them."""
+        server = start_server("--l1-size-gb", "0.5")
+        transfer = server.transfer(mp_transfer_mode="lmcache_driven")
+        rng = random.Random(1)
+        with start_engine(kv_transfer_config=transfer, one_process=True, dtype="float32") as engine:
+            for turn in range(6):
+                server.wait(lambda status: status["engines"], 8.0)
+                numbers = [rng.randrange(10, 16) for _ in range(4)]
+                pending = engine.submit([story(n, 600) for n in numbers], max_tokens=12)
+                time.sleep(0.1 + rng.random() * 0.6)
+                server.send(signal.SIGSTOP)
+                for number, answer in zip(numbers, engine.complete(pending, 120), strict=True):
+                    assert answer.token_ids == truth[number].token_ids, turn
+                server.send(signal.SIGCONT)
+                for number in numbers:
+                    answer = ask(engine, story(number, 600))
+                    assert answer.token_ids == truth[number].token_ids, turn
+            server.wait_idle()

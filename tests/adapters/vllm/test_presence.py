@@ -24,7 +24,8 @@ from lmcache.core.slab import MOVER_BYTES, Slab
 engine_id, number, page_tokens, page_bytes, fingerprint, slice_index = sys.argv[1:]
 slabs = []
 
-def granted(grant, fd):
+def granted(grant, fds):
+    [fd] = fds
     slab = Slab(fd, grant.slab_bytes)
     slab.write_word(int(number) * MOVER_BYTES, 1 << 40)  # done with whatever will be asked for
     slabs.append(slab)
