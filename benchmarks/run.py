@@ -28,7 +28,7 @@ def _text(value: Any) -> str:
 
 def main() -> None:
     """Run the groups that were asked for."""
-    groups = ("copies", "lookups", "index", "vllm")
+    groups = ("copies", "lookups", "index", "service", "vllm")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("groups", nargs="*", choices=[*groups, []], help="default: all")
     parser.add_argument("--model", help="a model for vLLM; default: the demo's")
@@ -37,6 +37,7 @@ def main() -> None:
 
     sys.path.insert(0, str(ROOT / "examples"))
     import core_costs
+    import service_costs
     import vllm_costs
 
     results: dict[str, Any] = {"machine": platform.processor(), "python": platform.python_version()}
@@ -50,6 +51,15 @@ def main() -> None:
         for policy in ("LRU", "S3FIFO", "ARC"):
             figures = results[f"index {policy}"] = core_costs.index(policy)
             show(f"index with a million chunks, {policy}", figures)
+    if "service" in wanted:
+        results["service"] = {}
+        for title, measure in (
+            ("a server's lookups, round trips in milliseconds", service_costs.lookups),
+            ("a server's copies of 268 MB against memcpy on one thread", service_costs.copies),
+            ("a working set of four times the memory", service_costs.overcommitted),
+        ):
+            figures = results["service"][measure.__name__] = measure()
+            show(title, figures)
     if "vllm" in wanted:
         from model import prepare_model
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lmcache.core.keys import next_key
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lmcache.core.keys import ChunkKey, Insert
 
@@ -49,9 +49,21 @@ class KeyChain:
             keys.append(self._next(at, self.chunk_tokens))
         return keys[chunk + 1]
 
-    def extend(self, stop: int) -> None:
-        """Compute the keys of all full chunks before token position `stop`, so that none waits."""
-        self.key(stop // self.chunk_tokens - 1)
+    def full(self, stop: int) -> Iterator[ChunkKey]:
+        """The keys of all full chunks before token position `stop`, each computed when taken."""
+        count = stop // self.chunk_tokens
+        yield from self._keys[1 : count + 1]
+        for chunk in range(len(self._keys) - 1, count):
+            yield self.key(chunk)
+
+    def adopt(self, other: KeyChain, common: int) -> None:
+        """Take over what `other` knows of the first `common` tokens, which both share.
+
+        Root, inserts and page size must be the same.
+        """
+        count = common // self.chunk_tokens + 1
+        if other.chunk_tokens == self.chunk_tokens and len(self._keys) < count:
+            self._keys = other._keys[:count]
 
     def tail(self, chunk: int, pages: int) -> ChunkKey:
         """The key of the first `pages` pages of chunk `chunk`, fewer than a full chunk."""

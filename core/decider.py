@@ -126,7 +126,7 @@ class Decider:
 
         Nothing is leased, and no eviction is put off.
         """
-        chain.extend(stop)
+        self._index.leading(chain.full(stop))
         with self.lock:
             entries, reason = self._walk(chain, stop)
             pages = [self._index.pages[entry] for entry in entries]
@@ -135,7 +135,7 @@ class Decider:
     def lookup(self, owner: str, chain: KeyChain, geometry: Geometry, stop: int) -> Hit:
         """Lease the longest stored prefix of the first `stop` tokens, in whole pages."""
         started = time.perf_counter()
-        chain.extend(stop)
+        self._index.leading(chain.full(stop))  # keys are computed before the lock is taken
         if not self.lock.acquire(timeout=self._patience_s):
             return Hit([], None, Receipt(0, stop, Reason.TIMED_OUT))
         try:
@@ -151,18 +151,16 @@ class Decider:
         return Hit(slots, lease, Receipt(tokens, stop, reason, {"l1": tokens}, size, spent))
 
     def _walk(self, chain: KeyChain, stop: int) -> tuple[list[int], Reason]:
-        entries: list[int] = []
-        chunk = 0
-        while (pages := chain.pages_in(chunk, stop)) > 0:
-            entry = self._index.find(chain.part(chunk, pages))
-            if entry == ABSENT:
-                entry, reason = self._shorter(chain, chunk, pages)
-                if entry != ABSENT:
-                    entries.append(entry)
-                return entries, reason
-            entries.append(entry)
-            chunk += 1
-        return entries, Reason.NONE if chunk else Reason.SHORT
+        """The entries of the longest stored prefix, and why there are no more."""
+        entries = self._index.leading(chain.full(stop))
+        pages = chain.pages_in(len(entries), stop)
+        if not pages:
+            return entries, Reason.NONE if entries else Reason.SHORT
+        entry = self._index.find(chain.part(len(entries), pages))
+        reason = Reason.NONE
+        if entry == ABSENT:
+            entry, reason = self._shorter(chain, len(entries), pages)
+        return (entries if entry == ABSENT else [*entries, entry]), reason
 
     def _shorter(self, chain: KeyChain, chunk: int, pages: int) -> tuple[int, Reason]:
         """The longest stored tail of a chunk that is not stored whole, and why it is not."""

@@ -7,15 +7,16 @@ lease in the air is nobody else's until every mover has answered or is known to 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lmcache.core.slab import MOVER_BYTES, WORD
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lmcache.core.decider import Decider
     from lmcache.core.geometry import Geometry
@@ -33,6 +34,7 @@ class Flight:
     loads: list[Lease]
     loaded: list[Slot]
     """The slots the movers read, all covered by `loads`."""
+    departed: float = field(default_factory=time.monotonic)
 
 
 class Flights:
@@ -43,6 +45,8 @@ class Flights:
         self._decider = decider
         self._geometry = geometry
         self._movers = movers
+        self.on_end: Callable[[Flight], None] | None = None
+        """Told of each step that has ended, with only those of its stores that are complete."""
         self._air: deque[Flight] = deque()
         self._sent = 0
 
@@ -89,6 +93,9 @@ class Flights:
             for mover in self._movers
         )
         with ExitStack() as last_first:  # an error in one of them must not leak the others
+            if self.on_end:
+                kept = [s for s in flight.stores if not spoiled and self._is_complete(s)]
+                last_first.callback(self.on_end, replace(flight, stores=kept))
             for slot in flight.loaded:
                 last_first.callback(self._check, slot)
             for lease in flight.loads:

@@ -7,9 +7,12 @@ more than the chunks are worth.
 from __future__ import annotations
 
 from array import array
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache.core.keys import ChunkKey  # noqa: TC001 - read where slots are decoded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 ABSENT = -1
 
@@ -50,6 +53,17 @@ class Index:
     def find(self, key: ChunkKey) -> int:
         """The entry of `key`, or `ABSENT`."""
         return self._entry_of.get(key, ABSENT)
+
+    def leading(self, keys: Iterable[ChunkKey]) -> list[int]:
+        """The entries of `keys`, up to the first that is absent. Safe without a lock, as a hint."""
+        entry_of = self._entry_of
+        entries = []
+        for key in keys:
+            entry = entry_of.get(key)
+            if entry is None:
+                break
+            entries.append(entry)
+        return entries
 
     def add(self, slot: Slot) -> int:
         """Record a complete slot and return its entry."""

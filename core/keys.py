@@ -98,13 +98,19 @@ def next_key(
     `inserts` may name any stretches of the request; those that touch the chunk count. Raises
     `OverflowError` or `TypeError` for what is no token id of 32 bits. Fastest with an `array("I")`.
     """
-    stop = start + len(tokens)
-    shown = b"".join(
+    body = tokens if type(tokens) is array and tokens.typecode == "I" else array("I", tokens)
+    if sys.byteorder == "big":
+        body = body[:]
+        body.byteswap()
+    shown = _shown(inserts, start, start + len(body)) if inserts else b""
+    data = b"".join((previous, _COUNT.pack(len(body)), body.tobytes(), shown))
+    return ChunkKey(blake3(data).digest())
+
+
+def _shown(inserts: Iterable[Insert], start: int, stop: int) -> bytes:
+    """What of `inserts` touches positions `start` .. `stop`, relative to `start`."""
+    return b"".join(
         _encode(Insert(i.identifier, i.offset - start, i.length))
         for i in sorted(inserts, key=lambda i: (i.offset, i.length, i.identifier))
         if i.offset < stop and i.offset + i.length > start
     )
-    body = array("I", tokens)
-    if sys.byteorder == "big":
-        body.byteswap()
-    return ChunkKey(blake3(previous + _COUNT.pack(len(body)) + body.tobytes() + shown).digest())

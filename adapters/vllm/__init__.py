@@ -1,7 +1,8 @@
 """vLLM's KV connector, spoken to the core.
 
-`connector` is what vLLM calls; it passes to `scheduler` where vLLM schedules and to `worker` where
-the pages are; `step` is what travels between the two; `translate` turns vLLM's objects into ours.
+`connector` is what vLLM calls in-process and `mp_connector` with a server; both pass to `scheduler`
+where vLLM schedules and to `worker` where the pages are; `step` is what travels between the two;
+`translate` turns vLLM's objects into ours.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 @hookimpl
 def lmcache_adapters() -> Iterable[AdapterSpec]:
-    """The in-process connector."""
+    """The connectors."""
     from lmcache.plugins.hookspecs import AdapterSpec
 
     yield AdapterSpec(
         engine="vllm",
         entry="lmcache.integration.vllm.vllm_v1_adapter:LMCacheConnectorV1Impl",
         versions=">=0.22,<0.34",
-        summary="in-process connector, LMCacheConnectorV1",
+        summary="LMCacheConnectorV1 in-process, LMCacheMPConnector with a server",
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
 
 import lmcache
+from lmcache.adapters.vllm.autostart import Autostart
 from lmcache.adapters.vllm.live import LIVE
 from lmcache.adapters.vllm.mp_options import MpOptions, split_options
 from lmcache.adapters.vllm.scheduler import SchedulerSide
@@ -212,9 +213,12 @@ def _scheduler_side(
         ),
         token=environment_text("LMCACHE_TOKEN"),
     )
+    autostart = Autostart(options) if options.autostart else None
     patience = None if options.nonblocking_lookup_status else options.mq_timeout
 
     def open_client() -> ServiceClient:
+        if autostart:
+            autostart.ensure()
         client = ServiceClient.open(
             options.endpoint, attach, options.mq_timeout, patience_s=patience
         )

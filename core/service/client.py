@@ -166,10 +166,10 @@ class ServiceClient(CacheClient):
     def depart(self, stores: Sequence[Slot], loads: Sequence[Hit]) -> int:
         """The server counts the steps as we do."""
         self._forget()
-        if not stores and not loads:
+        generations, leases = _numbers(stores, loads)
+        if not generations and not leases:
             return 0
         number = next(self._steps)
-        generations, leases = _numbers(stores, loads)
         self._tell(wire.Depart(number=number, stores=generations, loads=leases))
         return number
 
@@ -229,7 +229,7 @@ class ServiceClient(CacheClient):
             root=chain.root,
             shown=[wire.Shown(i.identifier, i.offset, i.length) for i in chain.inserts],
             at=sequence.known,
-            tokens=tokens.tobytes(),
+            tokens=memoryview(tokens).cast("B"),
         )
         sequence.known = stop
         return sequence.number, more

@@ -6,30 +6,41 @@ Nothing an engine needs is here, and nothing here can hold up an engine for long
 from __future__ import annotations
 
 import hmac
+import json
 import socket
 import threading
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import ClientDisconnect
 
 from lmcache.core.errors import ServiceError
 from lmcache.core.service import views
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from lmcache.core.service.server import Server
     from lmcache.core.service.service import Service
 
 LOOK_S = 2.0
 """How long a request waits for the thread that serves the engines."""
-LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]", "::1"]
+BODY_BYTES = 16 << 20
+"""What a request may be at most: a prompt of a million tokens, generously spaced."""
+OPEN_PATHS = ("/healthcheck", "/readyz")
+"""What nobody needs a token for."""
+_TOO_LONG = 413
+LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]", "::1", "["]
+"""The last is all that older releases of Starlette see of an IPv6 address."""
 
 
 class Prompt(BaseModel):
@@ -54,17 +65,49 @@ class Clearing(BaseModel):
 def build_app(server: Server, *, token: str, is_loopback: bool) -> FastAPI:
     """The application. With a token, all but the health checks must show it."""
     app = FastAPI(title="LMCache", version=server.service.terms.release)
+    app.add_exception_handler(RequestValidationError, _name_mistakes)
+
+    @app.middleware("http")
+    async def guard(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+        refusal = _refusal(request, token)
+        if refusal is None:
+            return await go_on(request)
+        if refusal.status_code != _TOO_LONG:
+            with suppress(ClientDisconnect):  # who is still sending would never see an answer
+                async for _ in request.stream():
+                    pass
+        return refusal
+
     if is_loopback:  # or a web page could reach us under a name of its own
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_NAMES)
-
-    def authorised(request: Request) -> None:
-        shown = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(shown.encode(), token.encode()):
-            raise HTTPException(401, "this server wants its token as a bearer")
-
     app.include_router(_health(server))
-    app.include_router(_views(server), dependencies=[Depends(authorised)] if token else [])
+    app.include_router(_views(server))
     return app
+
+
+def _refusal(request: Request, token: str) -> Response | None:
+    """What is answered to a request that is not even parsed; None if it is."""
+    headers = request.headers
+    if token and request.url.path not in OPEN_PATHS:
+        # a header's text stands for bytes, and those of a token are UTF-8
+        shown = headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+        if not hmac.compare_digest(shown, token.encode()):
+            return JSONResponse({"detail": "this server wants its token as a bearer"}, 401)
+    if request.method == "POST":
+        # FastAPI before 0.132 takes what names no type for JSON, and any web page can send that
+        if not headers.get("content-type", "").startswith("application/json"):
+            return JSONResponse({"detail": "the content-type must be application/json"}, 415)
+        if int(headers.get("content-length", BODY_BYTES + 1)) > BODY_BYTES:
+            why = f"the content-length must be given, and at most {BODY_BYTES}"
+            return JSONResponse({"detail": why}, _TOO_LONG)
+    return None
+
+
+async def _name_mistakes(_: Request, error: Exception) -> Response:
+    """The first mistakes, without what was sent: it may be long, and no text or no number."""
+    assert isinstance(error, RequestValidationError)
+    wrong = [{key: mistake[key] for key in ("type", "loc", "msg")} for mistake in error.errors()]
+    return Response(json.dumps({"detail": wrong[:8]}), 422, media_type="application/json")
 
 
 async def _ask(server: Server, function: Callable[[Service], Any]) -> Any:

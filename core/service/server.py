@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,8 +29,8 @@ logger = init_logger(__name__)
 Result = TypeVar("Result")
 
 SWEEP_S = 0.25
-FETCH_POLL_S = 0.002
-"""How often the lookups are looked at that wait for slower tiers."""
+EXPECT_S = 0.002
+"""How often is looked at what movers or slower tiers are to bring."""
 BURST = 64
 """Messages that are served before anything else has its turn."""
 
@@ -65,12 +66,14 @@ class Server:
         swept = time.monotonic()
         try:
             while not self._stop.is_set():
-                wait = FETCH_POLL_S if self.service.is_fetching() else SWEEP_S
+                wait = EXPECT_S if self.service.is_expecting() else SWEEP_S
                 ready = dict(poller.poll(int(wait * 1e3)))
                 if self._wake_read.fileno() in ready:
                     self._drain_wakes()
                 if self._socket in ready:
                     self._serve_burst()
+                else:  # when nobody waits for an answer
+                    self.service.settle()
                 for peer, frame in self.service.due():
                     self._send(peer, frame)
                 if time.monotonic() - swept >= SWEEP_S:
@@ -106,18 +109,29 @@ class Server:
 
         self._jobs.append(job)
         self._wake()
-        return future.result(timeout_s)
+        try:
+            return future.result(timeout_s)
+        except FutureTimeoutError:  # another class than `TimeoutError` before Python 3.11
+            raise TimeoutError("the serving thread is busy") from None
 
     # ----
 
     def _serve_burst(self) -> None:
         for _ in range(BURST):
             try:
-                peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                peer = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            if len(frames) == 1 and (answer := self.service.handle(peer, frames[0])):
+            frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+            if frame.more:
+                self._skip()
+            elif answer := self.service.handle(peer, frame.buffer):
                 self._send(peer, answer)
+
+    def _skip(self) -> None:
+        """The rest of a message in more parts than any of ours."""
+        while self._socket.recv(zmq.NOBLOCK, copy=False).more:
+            pass
 
     def _send(self, peer: bytes, frame: bytes) -> None:
         try:

@@ -18,6 +18,7 @@ from lmcache.core.errors import LMCacheError, ServiceError
 from lmcache.core.log import init_logger
 from lmcache.core.pool import DaemonPool
 from lmcache.core.service import wire
+from lmcache.core.service.memo import ChainMemo
 from lmcache.core.service.session import Session, UnknownError
 from lmcache.core.slab import MAX_MOVERS, MOVER_BYTES, WORD
 
@@ -72,6 +73,7 @@ class Service:
         self.sessions: dict[int, Session] = {}
         self.leaving: list[Session] = []
         """Of engines that are gone, whose movers may still touch the slab."""
+        self._memo = ChainMemo()
         self._words = set(range(MAX_MOVERS))
         self._wake = wake
         self._visited: SimpleQueue[Visited] = SimpleQueue()
@@ -86,7 +88,7 @@ class Service:
         except ServiceError as error:
             return self._turn_away(data, error)
         body = self._answer(peer, call)
-        return self._frame(call.number, body) if body and call.number else None
+        return self._frame(call.number, body) if body else None
 
     def _answer(self, peer: bytes, call: wire.Call) -> wire.Reply | None:
         if isinstance(call.body, wire.Attach):
@@ -104,8 +106,7 @@ class Service:
             self._end(session, "left")
             return None
         if isinstance(call.body, wire.Lookup):
-            for other in self.sessions.values():  # what another engine has just stored counts
-                other.attachment.flights.settle()
+            self.settle()  # what another engine has just stored counts
         try:
             return session.answer(call.number, call.body)
         except UnknownError as error:
@@ -131,8 +132,8 @@ class Service:
         )
         return wire.Refused(why, final=True)
 
-    def _frame(self, number: int, body: wire.Reply) -> bytes:
-        return wire.encode(wire.Answer(number, self.boot, body))
+    def _frame(self, number: int, body: wire.Reply) -> bytes | None:
+        return wire.encode(wire.Answer(number, self.boot, body)) if number else None
 
     # ---- coming
 
@@ -198,7 +199,7 @@ class Service:
             self._words.update(visited.words)
             return wire.Refused(str(visited.result))
         attachment = visited.result
-        session = Session(visited.about, attachment, visited.words, visited.peer)
+        session = Session(visited.about, attachment, visited.words, visited.peer, self._memo)
         self.sessions[session.number] = session
         geometry = attachment.geometry
         logger.info(
@@ -228,19 +229,26 @@ class Service:
                 visited = self._visited.get_nowait()
             except Empty:
                 break
-            yield visited.peer, self._frame(visited.call.number, self._admit(visited))
+            if frame := self._frame(visited.call.number, self._admit(visited)):
+                yield visited.peer, frame
         for session in self.sessions.values():
             for number, found in session.late():
-                yield session.peer, self._frame(number, found)
+                if frame := self._frame(number, found):
+                    yield session.peer, frame
 
-    def is_fetching(self) -> bool:
-        """Whether some lookup waits for a slower tier."""
-        return any(session.waiting for session in self.sessions.values())
+    def is_expecting(self) -> bool:
+        """Whether a lookup waits for a slower tier, or a step for its movers."""
+        return any(s.waiting or len(s.attachment.flights) for s in self.sessions.values())
+
+    def settle(self) -> None:
+        """Take note of the steps whose movers are done."""
+        for session in self.sessions.values():
+            session.attachment.flights.settle()
 
     def sweep(self) -> None:
         """Take note of engines that died, and free what nobody touches any more."""
+        self.settle()
         for session in list(self.sessions.values()):
-            session.attachment.flights.settle()
             if not session.attachment.is_whole():
                 self._end(session, "lost a mover")
         for session in [s for s in self.leaving if s.attachment.is_silent()]:

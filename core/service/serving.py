@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import signal
+import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,6 +39,8 @@ class Binding:
     token: str = ""
     insecure: bool = False
     """Listen beyond this machine without a token."""
+    while_stdin: bool = False
+    """End when standard input does: with whoever holds its other end."""
     release: str = ""
 
     def check(self) -> None:
@@ -99,5 +103,13 @@ def serve(config: Config, offers: Offers, binding: Binding) -> None:
             config.chunk_size,
             " or ".join(binding.modes),
         )
+        if binding.while_stdin:
+            threading.Thread(target=_stop_at_eof, args=(server,), daemon=True).start()
         server.run()
         logger.info("Stopped")
+
+
+def _stop_at_eof(server: Server) -> None:
+    while os.read(0, 4096):
+        pass
+    server.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -10,14 +11,19 @@ from typing import TYPE_CHECKING
 from lmcache.core.chain import KeyChain
 from lmcache.core.errors import ServiceError
 from lmcache.core.keys import ChunkKey, Insert
+from lmcache.core.log import init_logger
 from lmcache.core.service import wire
+from lmcache.core.service.memo import ChainMemo  # noqa: TC001 - a field of a dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from lmcache.core.attachment import Attachment
     from lmcache.core.decider import Hit
+    from lmcache.core.flights import Flight
     from lmcache.core.index import Slot
+
+logger = init_logger(__name__)
 
 MAX_SEQUENCES = 65_536
 MAX_KNOWN_TOKENS = 64 << 20
@@ -47,6 +53,7 @@ class Session:
     """Its movers' words in the slab."""
     peer: bytes
     """Where its answers go."""
+    memo: ChainMemo
     sequences: dict[int, KeyChain] = field(default_factory=dict)
     hits: dict[int, Hit] = field(default_factory=dict)
     """Leases that have not departed, by number."""
@@ -54,7 +61,13 @@ class Session:
     """Slots that have not departed, by generation."""
     waiting: dict[str, Waiting] = field(default_factory=dict)
     """Lookups that wait for slower tiers, by owner."""
+    owners: set[str] = field(default_factory=set)
+    """Those that have looked something up, for each of whom slower tiers are asked only once."""
     tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Say what becomes of its steps."""
+        self.attachment.flights.on_end = self._log
 
     @property
     def number(self) -> int:
@@ -94,6 +107,9 @@ class Session:
             hit = self.attachment.lookup(self.label(owner), waiting.chain, waiting.stop)
             if hit is not None:
                 del self.waiting[owner]
+                brought = {t: n for t, n in hit.receipt.by_tier.items() if n and t != "l1"}
+                if brought:
+                    logger.info("Prefetched %s tokens for %s", brought, self.about.name)
                 yield waiting.number, self._found(hit)
 
     def label(self, owner: str) -> str:
@@ -103,7 +119,7 @@ class Session:
     def end(self) -> None:
         """No mover touches the slab any more: give back all that the engine held."""
         self.attachment.flights.ground()
-        for owner in self.waiting:
+        for owner in self.owners:
             self.attachment.release(self.label(owner), None)
         self.attachment.cancel(list(self.reserved.values()), list(self.hits.values()))
         self.attachment.close()
@@ -112,6 +128,7 @@ class Session:
 
     def _lookup(self, number: int, call: wire.Lookup) -> wire.Reply:
         chain = self._sequence(call.sequence, call.more, call.stop)
+        self.owners.add(call.owner)
         hit = self.attachment.lookup(self.label(call.owner), chain, call.stop)
         if hit is None:
             self.waiting[call.owner] = Waiting(number, chain, call.stop)
@@ -130,13 +147,26 @@ class Session:
         self.reserved.update((slot.generation, slot) for slot in slots)
         return wire.Reserved(slots, reason.name)
 
+    def _log(self, flight: Flight) -> None:
+        page_tokens = self.attachment.geometry.page_tokens
+        spent = time.monotonic() - flight.departed
+        for what, slots in (("Retrieved", flight.loaded), ("Stored", flight.stores)):
+            if slots:
+                tokens = sum(slot.pages for slot in slots) * page_tokens
+                logger.info(
+                    "%s %d tokens in %.3f seconds (%s)", what, tokens, spent, self.about.name
+                )
+
     def _release(self, call: wire.Release) -> None:
         self.waiting.pop(call.owner, None)
+        self.owners.discard(call.owner)
         hit = None if call.lease is None else self.hits.pop(call.lease, None)
         self.attachment.release(self.label(call.owner), hit)
 
     def _depart(self, call: wire.Depart) -> None:
         number = self.attachment.depart(*self._take(call.stores, call.loads))
+        if not number:  # of leases that are gone; the step is sent all the same, and counts
+            number = self.attachment.flights.depart([], [], [])
         if number != call.number:
             raise UnknownError(f"step {call.number}, where {number} was due")
 
@@ -158,6 +188,8 @@ class Session:
             elif chain is None or len(chain.tokens) != more.at:
                 raise UnknownError("the beginning of a sequence")
             self._grow(chain, more.tokens)
+            if more.at == 0:
+                self.memo.complete(chain)
         if chain is None or len(chain.tokens) < stop:
             raise UnknownError("a sequence")
         return chain
@@ -177,15 +209,16 @@ class Session:
         )
         return chain
 
-    def _grow(self, chain: KeyChain, data: bytes) -> None:
+    def _grow(self, chain: KeyChain, data: memoryview) -> None:
         if len(data) % 4:
             raise ServiceError(f"{len(data)} bytes are no whole tokens")
         if self.tokens + len(data) // 4 > MAX_KNOWN_TOKENS:
             raise UnknownError(f"more than {MAX_KNOWN_TOKENS} tokens in all")
-        more = array("I", data)
-        if sys.byteorder == "big":
-            more.byteswap()
         tokens = chain.tokens
         assert isinstance(tokens, array)
-        tokens.extend(more)
-        self.tokens += len(more)
+        if sys.byteorder == "big":
+            swapped = array("I", data.tobytes())
+            swapped.byteswap()
+            data = memoryview(swapped).cast("B")
+        tokens.frombytes(data)
+        self.tokens += len(data) // 4

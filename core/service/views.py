@@ -121,6 +121,7 @@ def _meant(service: Service, name: str) -> Session:
     if not chosen:
         raise ServiceError(f"no engine {name!r} is attached" if name else "no engine is attached")
     if len({(s.about.deployment, s.attachment.geometry) for s in chosen}) > 1:
-        names = ", ".join(sorted({s.about.name for s in sessions}))
+        # engines may share a name, but no id
+        names = ", ".join(sorted({s.about.engine if name else s.about.name for s in chosen}))
         raise ServiceError(f"the engines have keys of their own; name one of: {names}")
     return chosen[0]

@@ -13,19 +13,26 @@ from msgspec import Meta
 
 from lmcache.core.errors import ServiceError
 from lmcache.core.index import Slot
+from lmcache.core.objects import MAX_SLICES
 from lmcache.core.receipts import Reason, Receipt
 
 PROTOCOL = 1
 MAX_MESSAGE = 32 << 20
 """Bytes: the tokens of a prompt of eight million."""
 MAX_TOKENS = MAX_MESSAGE // 4 - 1024
+MAX_SLOTS = 1 << 18
+"""Of one answer, which would not be a message with twice as many."""
+MAX_TEXT = 4096
 _MAX_CHUNKS = 1 << 20
 
 Word = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Name = Annotated[str, Meta(max_length=512)]
-Long = Annotated[str, Meta(max_length=4096)]
+Long = Annotated[str, Meta(max_length=MAX_TEXT)]
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Words = Annotated[list[Word], Meta(max_length=_MAX_CHUNKS)]
+Slots = Annotated[list[Slot], Meta(max_length=MAX_SLOTS)]
+Count = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
+Duration = Annotated[float, Meta(ge=0)]
 Position = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 
 
@@ -44,8 +51,8 @@ class More(msgspec.Struct, frozen=True, kw_only=True):
     shown: Annotated[list[Shown], Meta(max_length=4096)] = []
     at: Position = 0
     """How many it must know already; 0 begins the sequence anew."""
-    tokens: Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
-    """Token ids, 32 bits each, little-endian."""
+    tokens: Annotated[memoryview, Meta(max_length=4 * MAX_TOKENS)]
+    """Token ids, 32 bits each, little-endian. Not copied."""
 
 
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,26 +161,26 @@ class Attached(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     session: Word
     """To be named in every further call; the movers' steps name it too."""
-    page_tokens: Annotated[int, Meta(ge=1)]
-    pages_per_chunk: Annotated[int, Meta(ge=1)]
-    slices: list[int]
+    page_tokens: Count
+    pages_per_chunk: Count
+    slices: Annotated[list[Count], Meta(min_length=1, max_length=MAX_SLICES)]
     layout: Key
-    lease_s: float
-    fetch_timeout_s: float
-    capacity_bytes: int
+    lease_s: Duration
+    fetch_timeout_s: Duration
+    capacity_bytes: Word
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The answer to a lookup."""
 
-    slots: list[Slot]
+    slots: Slots
     lease: Word | None
     tokens: Word
     asked: Word
     reason: Name
-    by_tier: dict[Name, int]
+    by_tier: Annotated[dict[Name, Word], Meta(max_length=1024)]
     size: Word
-    milliseconds: float
+    milliseconds: Duration
 
 
 class Fetching(msgspec.Struct, frozen=True, tag=True):
@@ -183,7 +190,7 @@ class Fetching(msgspec.Struct, frozen=True, tag=True):
 class Reserved(msgspec.Struct, frozen=True, tag=True):
     """The answer to `Reserve`."""
 
-    slots: list[Slot]
+    slots: Slots
     reason: Name
 
 

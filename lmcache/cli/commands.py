@@ -23,7 +23,11 @@ def _load(module: str, attribute: str) -> typer.Typer | Callable[..., object]:
 def lmcache_commands() -> Iterable[CommandSpec]:
     for name, attribute, summary in (
         ("backends", "app", "Check a storage backend."),
+        ("bench", "app", "Measure a server, and check every byte of it."),
         ("config", "app", "Show the effective configuration, and what may be configured."),
+        ("describe", "describe", "Show what a server holds, or what an engine runs."),
+        ("kvcache", "app", "Look into the memory of a server, or clear it."),
+        ("ping", "ping", "Ask a server or an engine whether it lives."),
         ("plugins", "plugins", "List the plugins, and all that they offer."),
         ("server", "server", "Share one cache between engines."),
         ("version", "version", "Show the version."),

@@ -40,6 +40,9 @@ def server(
     supported_transfer_mode: Annotated[
         str, typer.Option(help=f"Who copies: {', '.join(MODES)}.")
     ] = "auto",
+    while_stdin: Annotated[
+        bool, typer.Option("--while-stdin", help="End when standard input does.")
+    ] = False,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen beyond this machine without a token.")
     ] = False,
@@ -69,6 +72,7 @@ def server(
         modes=modes,
         token=environment_text("LMCACHE_TOKEN"),
         insecure=insecure,
+        while_stdin=while_stdin,
         release=lmcache.__version__,
     )
     serve(loaded.config, plugins, binding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 
 import pytest
 import rig
@@ -12,8 +13,10 @@ from lmcache.backends.memory import MemoryBackend
 from lmcache.core.engine import moves_for
 from lmcache.core.errors import ConfigError, ServiceError
 from lmcache.core.receipts import Reason
+from lmcache.core.service import memo as memo_module
 from lmcache.core.service import wire
 from lmcache.core.service.client import ServiceClient
+from lmcache.core.service.memo import ChainMemo
 from lmcache.core.service.server import Server
 from lmcache.core.service.service import Terms
 from lmcache.core.tier import Tier
@@ -156,6 +159,7 @@ class TestSharing:
         sequence = rig.tokens(3 * CHUNK + 6)
         first.compute(sequence, range(13))
         assert first.store(sequence, range(13)) is Reason.NONE
+        rig.wait_until(house.idle)
         hit, failed = second.load(sequence, range(10, 23))
         assert (hit.tokens, failed) == (3 * CHUNK + 4, [])
         assert second.wrong(sequence, range(10, 23), hit.tokens) == []
@@ -273,6 +277,19 @@ class TestLeases:
         engine.client.cancel(slots, [])
         rig.wait_until(lambda: house.decider.free_bytes == house.decider.capacity_bytes)
 
+    def test_a_step_whose_leases_are_gone_counts_all_the_same(self, house, join):
+        engine = join(house)
+        sequence = rig.tokens(CHUNK)
+        engine.compute(sequence, range(4))
+        engine.store(sequence, range(4))
+        hit = engine.lookup(engine.chain(sequence))
+        engine.client.release("r", hit)
+        assert engine.client.depart([], [hit]) == 2
+        engine.ranks[0].mover.finish(2)
+        engine.store(rig.tokens(CHUNK, 1), range(4))
+        assert engine.load(rig.tokens(CHUNK, 1), range(4))[0].tokens == CHUNK
+        assert engine.client.is_whole()
+
     def test_a_promise_outlives_the_deadline(self, workshop, join):
         clock = rig.Clock()
         decider = workshop.decider(8, clock=clock, lease_s=5.0)
@@ -384,3 +401,38 @@ class TestTerms:
         with pytest.raises(ServiceError, match="refuses: no mover answers"):
             join(house, ranks=1, movers=2)
         rig.wait_until(lambda: house.server.ask(lambda service: len(service._words)) == 1024)
+
+
+class TestMemo:
+    """Keys that are taken over must be those that would have been computed."""
+
+    @pytest.mark.parametrize("common", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 5 * CHUNK])
+    @pytest.mark.parametrize("length", [CHUNK - 1, CHUNK, 3 * CHUNK + 5, 5 * CHUNK])
+    def test_a_sequence_that_begins_like_another(self, common, length):
+        memo = ChainMemo()
+        first, second = rig.tokens(5 * CHUNK, 1), rig.tokens(5 * CHUNK, 1)[:common]
+        second = (second + rig.tokens(5 * CHUNK, 2))[:length]
+        for sequence in (first, second, second, first):
+            chain = rig.chain(array("I", sequence))
+            memo.complete(chain)
+            assert list(chain.full(len(sequence))) == list(rig.chain(sequence).full(len(sequence)))
+
+    def test_another_root_shares_nothing(self):
+        memo = ChainMemo()
+        sequence = array("I", rig.tokens(3 * CHUNK))
+        for salt in ("", "other"):
+            chain = rig.chain(sequence, salt=salt)
+            memo.complete(chain)
+            expected = rig.chain(list(sequence), salt=salt)
+            assert list(chain.full(3 * CHUNK)) == list(expected.full(3 * CHUNK))
+
+    def test_it_is_bounded(self, monkeypatch):
+        monkeypatch.setattr(memo_module, "SEQUENCES", 4)
+        memo = ChainMemo()
+        for seed in range(10):
+            memo.complete(rig.chain(array("I", rig.tokens(2 * CHUNK, seed))))
+        assert len(memo._chains) == 4
+        monkeypatch.setattr(memo_module, "TOKENS", 3 * CHUNK)
+        memo.complete(rig.chain(array("I", rig.tokens(2 * CHUNK, 11))))
+        assert len(memo._chains) == 1
+        assert memo._tokens == 2 * CHUNK

@@ -289,3 +289,32 @@ class TestLending:
                     answer = ask(engine, story(number, 600))
                     assert answer.token_ids == truth[number].token_ids, turn
             server.wait_idle()
+
+
+def test_an_engine_starts_a_server_of_its_own(start_engine):
+    port, http = free_port(), free_port()
+    args = f"--l1-size-gb 0.5 --http-port {http}"
+    transfer = {
+        "kv_connector": "LMCacheMPConnector",
+        "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "lmcache.mp.port": port,
+            "lmcache.mp.autostart": True,
+            "lmcache.mp.autostart.server_args": args,
+            "lmcache.mp.nonblocking_lookup_status": False,
+        },
+    }
+    with start_engine(kv_transfer_config=transfer, one_process=True) as engine:
+        cold, warm = ask(engine, story(1, 600)), ask(engine, story(1, 600))
+        assert warm.token_ids == cold.token_ids
+        assert warm.num_cached_tokens > 0
+        engine._child.kill()
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 0.2).close()
+        except OSError:
+            break
+        assert time.monotonic() < deadline, "it outlives the engine that started it"
+        time.sleep(0.1)

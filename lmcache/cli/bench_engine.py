@@ -1,0 +1,172 @@
+"""An engine that does not compute: one mover, one scheduler, one request at a time."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+import lmcache
+from lmcache.core.chain import KeyChain
+from lmcache.core.engine import moves_for
+from lmcache.core.environment import environment_text
+from lmcache.core.errors import ServiceError
+from lmcache.core.geometry import Geometry
+from lmcache.core.handover import Door, Grant, Hello, Lending, address_of
+from lmcache.core.keys import Identity, Namespace, root_key
+from lmcache.core.lender import Lender
+from lmcache.core.mover import Mover
+from lmcache.core.receipts import Reason
+from lmcache.core.service import wire
+from lmcache.core.service.client import ServiceClient
+from lmcache.core.slab import Slab
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lmcache.cli.bench_pages import BenchPages
+
+DEADLINE_S = 10.0
+FILLER = 9906
+
+
+class Timed(NamedTuple):
+    """What one operation brought, and how long it took."""
+
+    seconds: float
+    tokens: int
+    reason: Reason
+    """Why there were no more."""
+
+
+class BenchEngine:
+    """Attached to a server until it is closed."""
+
+    def __init__(self, pages: BenchPages, rpc_url: str, mode: str, *, fresh: bool = True) -> None:
+        """With `fresh`, nothing that was stored before is found. Raises `ServiceError`."""
+        self.pages = pages
+        self._mover: Mover | Lender | None = None
+        engine = f"bench-{uuid.uuid4()}"
+        lends = None
+        if pages.lent:
+            spans = [(span.address, span.length) for span in pages.lent.spans]
+            lends = Lending(layout=pages.layout, spans=spans)
+        hello = Hello(
+            number=0,
+            page_tokens=pages.block_size,
+            page_bytes=pages.layout.page_bytes,
+            fingerprint=pages.layout.fingerprint,
+            slice_index=0,
+            pid=os.getpid(),
+            lends=lends,
+        )
+        lent = pages.lent.fds if pages.lent else None
+        self._door = Door(address_of(engine, 0), hello, self._attach, self._detach, lent)
+        self._namespace = Namespace(
+            model="bench", generation=engine if fresh else "", dtype="", layout=""
+        )
+        about = wire.Attach(
+            release=lmcache.__version__,
+            engine=engine,
+            name=engine,
+            movers=1,
+            mode=mode,
+            token=environment_text("LMCACHE_TOKEN"),
+        )
+        try:
+            self.client = ServiceClient.open(rpc_url, about, DEADLINE_S, patience_s=DEADLINE_S)
+        except BaseException:
+            self._door.close()
+            raise
+
+    def chain(self, number: int, length: int) -> KeyChain:
+        """A prompt that shares no chunk with those of other numbers."""
+        geometry = self.client.geometry
+        tokens = array("I", [number, *[FILLER] * (length - 1)])
+        return KeyChain(
+            root_key(self._namespace, Identity()),
+            tokens,
+            page_tokens=geometry.page_tokens,
+            pages_per_chunk=geometry.pages_per_chunk,
+        )
+
+    def lookup(self, chain: KeyChain) -> Timed:
+        """Look a prompt up and give the lease back."""
+        started = time.perf_counter()
+        hit = self.client.lookup("bench", chain, len(chain.tokens))
+        spent = time.perf_counter() - started
+        if hit is None:
+            raise ServiceError("the server does not answer a lookup")
+        self.client.release("bench", hit)
+        return Timed(spent, hit.tokens, hit.receipt.reason)
+
+    def store(self, chain: KeyChain, table: Sequence[int]) -> Timed:
+        """Store a prompt whose pages are `table`."""
+        mover = self._ready()
+        started = time.perf_counter()
+        slots, reason = self.client.reserve(chain, 0, len(chain.tokens), tail=True)
+        step = self.client.depart(slots, [])
+        moves = moves_for(slots, self.client.geometry, table, 0, len(table))
+        mover.store(moves)
+        mover.publish(moves)
+        mover.finish(step)
+        stored = sum(slot.pages for slot in slots) * self.client.geometry.page_tokens
+        return Timed(time.perf_counter() - started, stored, reason)
+
+    def retrieve(self, chain: KeyChain, table: Sequence[int]) -> tuple[Timed, Timed]:
+        """Look a prompt up and load what there is into `table`: the lookup, and the load."""
+        mover = self._ready()
+        started = time.perf_counter()
+        hit = self.client.lookup("bench", chain, len(chain.tokens))
+        looked_up = time.perf_counter()
+        if hit is None:
+            raise ServiceError("the server does not answer a lookup")
+        step = self.client.depart([], [hit])
+        moves = moves_for(hit.slots, self.client.geometry, table, 0, len(table))
+        _, failed = mover.load(moves)
+        mover.finish(step)
+        loaded = time.perf_counter()
+        self.client.release("bench", None)
+        lost = sum(len(move.pages) for move in failed) * self.client.geometry.page_tokens
+        reason = Reason.LOAD_FAILED if failed else hit.receipt.reason
+        return (
+            Timed(looked_up - started, hit.tokens, hit.receipt.reason),
+            Timed(loaded - looked_up, hit.tokens - lost, reason),
+        )
+
+    def close(self) -> None:
+        """Detach, and let go of the pages."""
+        self.client.close()
+        self._door.close()
+        if self._mover:
+            self._mover.close()
+
+    def _ready(self) -> Mover | Lender:
+        if self._mover is None or not self.client.is_whole():
+            raise ServiceError("the server has gone away")
+        return self._mover
+
+    def _attach(self, grant: Grant, fds: list[int]) -> None:
+        if self.pages.lent:
+            self._mover = Lender(
+                self.pages.layout,
+                fds,
+                DEADLINE_S,
+                take_back=self.pages.lent.take_back,
+                given_up=self._door.hang_up,
+            )
+            return
+        geometry = Geometry(
+            page_tokens=self.pages.block_size,
+            pages_per_chunk=grant.pages_per_chunk,
+            slices=grant.slices,
+            layout=grant.layout,
+        )
+        slab = Slab(fds[0], grant.slab_bytes)
+        self._mover = Mover(self.pages.layout, geometry, slab, number=grant.word)
+
+    def _detach(self) -> None:
+        if self._mover:
+            self._mover.retire()
