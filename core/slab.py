@@ -41,6 +41,14 @@ _MADV_POPULATE_WRITE = 23
 """Linux 5.14 and later; elsewhere `populate` does nothing."""
 
 
+def populate(address: int, length: int) -> None:
+    """Have the kernel map a range of whole pages now. Releases the interpreter lock; a hint."""
+    if sys.platform == "linux":
+        _libc.madvise(
+            ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_int(_MADV_POPULATE_WRITE)
+        )
+
+
 class Slab:
     """A mapping of `size` bytes. Reserved at once whatever its size; pages come on first touch.
 
@@ -83,12 +91,7 @@ class Slab:
 
         Releases the interpreter lock. A hint: what the kernel will not do now, the copy will.
         """
-        if sys.platform == "linux":
-            _libc.madvise(
-                ctypes.c_void_p(self.address + offset),
-                ctypes.c_size_t(length),
-                ctypes.c_int(_MADV_POPULATE_WRITE),
-            )
+        populate(self.address + offset, length)
 
     def lend(self) -> Slab:
         """The same mapping, for a user of it who closes what he is given."""

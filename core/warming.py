@@ -23,10 +23,11 @@ PIECE_BYTES = 8 << 20
 class Warmer:
     """A background thread that follows the highest address in use."""
 
-    def __init__(self, slab: Slab) -> None:
+    def __init__(self, slab: Slab, ahead_bytes: int = AHEAD_BYTES) -> None:
         self._slab = slab
+        self._ahead = ahead_bytes
         self._warm = 0
-        self._target = min(AHEAD_BYTES, slab.size)
+        self._target = min(ahead_bytes, slab.size)
         self._more = threading.Event()
         self._more.set()
         self._closed = False
@@ -35,7 +36,7 @@ class Warmer:
 
     def used(self, end: int) -> None:
         """Memory up to offset `end` is in use."""
-        target = min(end + AHEAD_BYTES, self._slab.size)
+        target = min(end + self._ahead, self._slab.size)
         if target > self._target + PIECE_BYTES or target == self._slab.size > self._target:
             self._target = target
             self._more.set()

@@ -114,7 +114,7 @@ class Service:
             return wire.Unknown(str(error))
         except (LMCacheError, OverflowError, TypeError) as error:
             self._end(session, f"cannot be served: {error}")
-            return wire.Refused(str(error))
+            return wire.Refused(str(error)[: wire.MAX_TEXT])
 
     def _turn_away(self, data: bytes | memoryview, error: ServiceError) -> bytes | None:
         """What cannot be read is not answered, but for an engine of another release."""
@@ -191,13 +191,15 @@ class Service:
             )
         except LMCacheError as error:
             result = error
+        except OSError as error:  # e.g. no descriptor left
+            result = ServiceError(f"cannot visit the movers: {error}")
         self._visited.put(Visited(peer, call, about, words, result))
         self._wake()
 
     def _admit(self, visited: Visited) -> wire.Reply:
         if isinstance(visited.result, LMCacheError):
             self._words.update(visited.words)
-            return wire.Refused(str(visited.result))
+            return wire.Refused(str(visited.result)[: wire.MAX_TEXT])
         attachment = visited.result
         session = Session(visited.about, attachment, visited.words, visited.peer, self._memo)
         self.sessions[session.number] = session

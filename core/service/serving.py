@@ -17,6 +17,7 @@ from lmcache.core.metrics import Exporter
 from lmcache.core.service.http import HttpServer, build_app
 from lmcache.core.service.server import Server
 from lmcache.core.service.service import Terms
+from lmcache.core.warming import Warmer
 
 if TYPE_CHECKING:
     from lmcache.core.assembly import Offers
@@ -39,6 +40,8 @@ class Binding:
     token: str = ""
     insecure: bool = False
     """Listen beyond this machine without a token."""
+    prefault: bool = True
+    """Take all the memory now, in the background, so that no store waits for the kernel."""
     while_stdin: bool = False
     """End when standard input does: with whoever holds its other end."""
     release: str = ""
@@ -75,6 +78,8 @@ def serve(config: Config, offers: Offers, binding: Binding) -> None:
         decider, tiers = assemble(config, offers)
         stack.callback(decider.slab.close)
         stack.callback(tiers.close)
+        if binding.prefault:
+            stack.callback(Warmer(decider.slab, decider.slab.size).close)
         terms = Terms(
             chunk_size=config.chunk_size,
             modes=binding.modes,

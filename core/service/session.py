@@ -28,6 +28,8 @@ logger = init_logger(__name__)
 MAX_SEQUENCES = 65_536
 MAX_KNOWN_TOKENS = 64 << 20
 """Of all its sequences together: 256 MiB."""
+MAX_LOOKUPS = 65_536
+"""That are under way, or whose leases have neither departed nor ended."""
 
 
 class UnknownError(ServiceError):
@@ -128,12 +130,21 @@ class Session:
 
     def _lookup(self, number: int, call: wire.Lookup) -> wire.Reply:
         chain = self._sequence(call.sequence, call.more, call.stop)
+        stop = self._answerable(0, call.stop)
+        self._check_lookups()
         self.owners.add(call.owner)
-        hit = self.attachment.lookup(self.label(call.owner), chain, call.stop)
+        hit = self.attachment.lookup(self.label(call.owner), chain, stop)
         if hit is None:
-            self.waiting[call.owner] = Waiting(number, chain, call.stop)
+            self.waiting[call.owner] = Waiting(number, chain, stop)
             return wire.Fetching()
         return self._found(hit)
+
+    def _check_lookups(self) -> None:
+        if len(self.hits) >= MAX_LOOKUPS:
+            leases = self.attachment.decider.leases
+            self.hits = {number: hit for number, hit in self.hits.items() if hit.lease in leases}
+        if max(len(self.owners), len(self.hits)) >= MAX_LOOKUPS:
+            raise UnknownError(f"more than {MAX_LOOKUPS} lookups")
 
     def _found(self, hit: Hit) -> wire.Found:
         if hit.lease is None:
@@ -143,9 +154,15 @@ class Session:
 
     def _reserve(self, call: wire.Reserve) -> wire.Reply:
         chain = self._sequence(call.sequence, call.more, call.stop)
-        slots, reason = self.attachment.reserve(chain, call.start, call.stop, tail=call.tail)
+        stop = self._answerable(call.start, call.stop)
+        slots, reason = self.attachment.reserve(chain, call.start, stop, tail=call.tail)
         self.reserved.update((slot.generation, slot) for slot in slots)
         return wire.Reserved(slots, reason.name)
+
+    def _answerable(self, start: int, stop: int) -> int:
+        """Where tokens `start` .. `stop` must end for one answer to have room for their slots."""
+        size = self.attachment.geometry.chunk_tokens
+        return min(stop, (start // size + wire.MAX_SLOTS) * size)
 
     def _log(self, flight: Flight) -> None:
         page_tokens = self.attachment.geometry.page_tokens
@@ -172,11 +189,11 @@ class Session:
 
     def _take(self, stores: Iterable[int], loads: Iterable[int]) -> tuple[list[Slot], list[Hit]]:
         """Slots and hits of these numbers, no longer ours. A lease may have met its deadline."""
-        slots = []
-        for generation in stores:
-            if generation not in self.reserved:
-                raise UnknownError("a slot that is not reserved")
-            slots.append(self.reserved.pop(generation))
+        wanted = list(stores)
+        # all or nothing: what was taken for a call that is refused would be nobody's
+        if len(set(wanted)) < len(wanted) or not self.reserved.keys() >= set(wanted):
+            raise UnknownError("a slot that is not reserved")
+        slots = [self.reserved.pop(generation) for generation in wanted]
         return slots, [self.hits.pop(lease) for lease in loads if lease in self.hits]
 
     def _sequence(self, number: int, more: wire.More | None, stop: int) -> KeyChain:

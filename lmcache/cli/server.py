@@ -40,6 +40,9 @@ def server(
     supported_transfer_mode: Annotated[
         str, typer.Option(help=f"Who copies: {', '.join(MODES)}.")
     ] = "auto",
+    l1_prefault: Annotated[
+        bool, typer.Option(help="Take all of that memory at the start, in the background.")
+    ] = True,
     while_stdin: Annotated[
         bool, typer.Option("--while-stdin", help="End when standard input does.")
     ] = False,
@@ -72,6 +75,7 @@ def server(
         modes=modes,
         token=environment_text("LMCACHE_TOKEN"),
         insecure=insecure,
+        prefault=l1_prefault,
         while_stdin=while_stdin,
         release=lmcache.__version__,
     )
