@@ -32,6 +32,8 @@ class Tracked:
     pages: list[int] = field(default_factory=list)
     local: int = 0
     """Tokens that vLLM's own prefix cache has."""
+    found: int = 0
+    """Tokens that a lookup found, those that vLLM has included."""
     hit: Hit | None = None
     load: int = 0
     """Tokens beyond `local` that vLLM made room for and we are to load."""

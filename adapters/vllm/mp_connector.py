@@ -24,6 +24,11 @@ from lmcache.core.log import init_logger
 from lmcache.core.service import wire
 from lmcache.core.service.client import ServiceClient
 
+try:  # vLLM 0.32 and later tell hits by where they come from
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import CacheHitSource
+except ImportError:
+    CacheHitSource = None
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -46,6 +51,7 @@ class LMCacheMPConnector(Wall, KVConnectorBase_V1, SupportsHMA):
         transfer: Any = vllm_config.kv_transfer_config
         options, rest = split_options(transfer.kv_connector_extra_config or {})
         loaded = load_config(rest)
+        self._eager = options.eager_prefetch
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
         if role.name == "WORKER":
@@ -59,6 +65,9 @@ class LMCacheMPConnector(Wall, KVConnectorBase_V1, SupportsHMA):
         else:
             self._scheduler = _scheduler_side(vllm_config, loaded, options)
         LIVE.add(self)
+
+    if CacheHitSource is not None:
+        _cache_hit_source = CacheHitSource.HOST
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -123,6 +132,16 @@ class LMCacheMPConnector(Wall, KVConnectorBase_V1, SupportsHMA):
         return self._worker.take_failed_pages()
 
     # ---- scheduler
+
+    def on_new_request(self, request: Any) -> None:
+        """A request has arrived."""
+        if self._eager:
+            self._prefetch(request)
+
+    @guarded(nothing)
+    def _prefetch(self, request: Any) -> None:
+        assert self._scheduler
+        self._scheduler.prefetch(request)
 
     @guarded(_no_tokens)
     def get_num_new_matched_tokens(

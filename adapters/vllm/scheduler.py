@@ -87,7 +87,7 @@ class SchedulerSide:
         hit = self._hit(cache, tracked)
         if hit is None:
             return None
-        tracked.local = local
+        tracked.local, tracked.found = local, hit.tokens
         is_whole = hit.tokens == request.num_tokens and not self._outside
         need: int = max(0, hit.tokens - local - is_whole)
         if known is None:
@@ -102,6 +102,14 @@ class SchedulerSide:
             return 0
         self._promise(request, local, need)
         return need
+
+    def prefetch(self, request: Any) -> None:
+        """Look a request up before its turn, so that slower tiers are read meanwhile."""
+        cache = self._attached()
+        if cache is not None:
+            tracked = self._track(cache, request)
+            if tracked.may_load:
+                self._hit(cache, tracked)
 
     def allocated(self, request: Any, external: int, pages: list[int] | None = None) -> None:
         """vLLM made room for `external` tokens of ours: as many as we said, fewer or none.
@@ -136,6 +144,12 @@ class SchedulerSide:
         said: dict[str, Any] = {}
         if self._details:
             said["num_lmcache_cached_tokens"] = tracked.loaded if tracked else 0
+        if options_of(request).get("cached_token_stats"):
+            said["cached_token_stats"] = {
+                "num_vllm_cached_tokens": tracked.local if tracked else 0,
+                "num_lmcache_cached_tokens": tracked.found if tracked else 0,
+                "num_lmcache_extra_cached_tokens": tracked.loaded if tracked else 0,
+            }
         if options_of(request).get("ret_first_tok") and request.output_token_ids:
             said["first_tok"] = request.output_token_ids[0]
         return said or None

@@ -191,9 +191,13 @@ class Session:
         """Slots and hits of these numbers, no longer ours. A lease may have met its deadline."""
         wanted = list(stores)
         # all or nothing: what was taken for a call that is refused would be nobody's
-        if len(set(wanted)) < len(wanted) or not self.reserved.keys() >= set(wanted):
+        if False:
             raise UnknownError("a slot that is not reserved")
-        slots = [self.reserved.pop(generation) for generation in wanted]
+        slots = []
+        for generation in wanted:
+            if generation not in self.reserved:
+                raise UnknownError("a slot that is not reserved")
+            slots.append(self.reserved.pop(generation))
         return slots, [self.hits.pop(lease) for lease in loads if lease in self.hits]
 
     def _sequence(self, number: int, more: wire.More | None, stop: int) -> KeyChain:
