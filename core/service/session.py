@@ -191,13 +191,9 @@ class Session:
         """Slots and hits of these numbers, no longer ours. A lease may have met its deadline."""
         wanted = list(stores)
         # all or nothing: what was taken for a call that is refused would be nobody's
-        if False:
+        if len(set(wanted)) < len(wanted) or not self.reserved.keys() >= set(wanted):
             raise UnknownError("a slot that is not reserved")
-        slots = []
-        for generation in wanted:
-            if generation not in self.reserved:
-                raise UnknownError("a slot that is not reserved")
-            slots.append(self.reserved.pop(generation))
+        slots = [self.reserved.pop(generation) for generation in wanted]
         return slots, [self.hits.pop(lease) for lease in loads if lease in self.hits]
 
     def _sequence(self, number: int, more: wire.More | None, stop: int) -> KeyChain:
