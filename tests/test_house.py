@@ -37,7 +37,8 @@ CATCHES_ALL = {
     "adapters/vllm/mp_connector.py": "likewise",
     "adapters/vllm/outside.py": "a load that failed is reported to the engine, page by page",
     "adapters/vllm/wall.py": "likewise",
-    "core/service/server.py": "an error of another thread's question is that thread's",
+    "core/service/server.py": "one engine's trouble must not be every engine's",
+    "core/service/service.py": "likewise",
     "core/pool.py": "a thread's error is logged, and kept for whoever asks the future",
     "lmcache/testing/backend_suite.py": "a thread's error is raised by the one that waits for it",
 }

@@ -38,6 +38,24 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 
+THE_SERVERS = (
+    "max_local_cpu_size",
+    "local_cpu",
+    "local_disk",
+    "max_local_disk_size",
+    "remote_url",
+    "l2",
+    "cache_policy",
+    "lookup_timeout_ms",
+    "fetch_timeout_ms",
+    "pin_timeout_sec",
+    "metrics_port",
+    "enable_kv_events",
+    "use_layerwise",
+)
+"""Keys that mean nothing to an engine whose cache is a server's."""
+
+
 def _no_tokens() -> tuple[int | None, bool]:
     return 0, False
 
@@ -218,6 +236,7 @@ def _scheduler_side(
     config = loaded.config
     if options.save_decode_cache is not None:
         config = config.model_copy(update={"save_decode_cache": options.save_decode_cache})
+    _warn_of_what_is_the_servers(loaded)
     namespace = namespace_of(vllm_config, config)
     about = asdict(namespace)
     attach = wire.Attach(
@@ -255,3 +274,9 @@ def _scheduler_side(
         open_client, f"the server at {options.endpoint} is gone", options.heartbeat_interval
     )
     return SchedulerSide(config, namespace, joining, role=transfer.kv_role, outside=True)
+
+
+def _warn_of_what_is_the_servers(loaded: LoadedConfig) -> None:
+    chosen = [key for key in THE_SERVERS if loaded.sources[key] != "default"]
+    if chosen:
+        logger.warning("set these where the server is started, not here: %s", ", ".join(chosen))

@@ -73,11 +73,10 @@ class Server:
                 if self._socket in ready:
                     self._serve_burst()
                 else:  # when nobody waits for an answer
-                    self.service.settle()
-                for peer, frame in self.service.due():
-                    self._send(peer, frame)
+                    self._try(self.service.settle)
+                self._try(self._send_due)
                 if time.monotonic() - swept >= SWEEP_S:
-                    self.service.sweep()
+                    self._try(self.service.sweep)
                     swept = time.monotonic()
         finally:
             self.service.close()
@@ -104,7 +103,7 @@ class Server:
         def job() -> None:
             try:
                 future.set_result(function(self.service))
-            except BaseException as error:  # noqa: BLE001 - it is the asking thread's
+            except BaseException as error:
                 future.set_exception(error)
 
         self._jobs.append(job)
@@ -127,6 +126,17 @@ class Server:
                 self._skip()
             elif answer := self.service.handle(peer, frame.buffer):
                 self._send(peer, answer)
+
+    def _send_due(self) -> None:
+        for peer, frame in self.service.due():
+            self._send(peer, frame)
+
+    def _try(self, what: Callable[[], None]) -> None:
+        """An error of ours must not take all engines' server down."""
+        try:
+            what()
+        except Exception:
+            logger.exception("in the serving thread")
 
     def _skip(self) -> None:
         """The rest of a message in more parts than any of ours."""

@@ -87,7 +87,13 @@ class Service:
             call = wire.decode_call(data)
         except ServiceError as error:
             return self._turn_away(data, error)
-        body = self._answer(peer, call)
+        try:
+            body = self._answer(peer, call)
+        except Exception:
+            logger.exception("cannot answer %s", type(call.body).__name__)
+            if call.session in self.sessions:
+                self._end(self.sessions[call.session], "met an error of ours")
+            body = wire.Refused("an error of the server's own; its log has more")
         return self._frame(call.number, body) if body else None
 
     def _answer(self, peer: bytes, call: wire.Call) -> wire.Reply | None:

@@ -436,3 +436,31 @@ class TestMemo:
         memo.complete(rig.chain(array("I", rig.tokens(2 * CHUNK, 11))))
         assert len(memo._chains) == 1
         assert memo._tokens == 2 * CHUNK
+
+
+class TestErrorsOfOurOwn:
+    def test_one_engines_trouble_is_not_anothers(self, house, join, monkeypatch):
+        engine, other = join(house), join(house)
+
+        def fail(*args, **kwargs):
+            raise AssertionError("on purpose")
+
+        session = house.server.ask(lambda service: service.sessions[engine.client.number])
+        monkeypatch.setattr(session.attachment, "reserve", fail)
+        chain = engine.chain(rig.tokens(CHUNK))
+        assert engine.client.reserve(chain, 0, CHUNK, tail=False) == ([], Reason.DEGRADED)
+        assert other.store(rig.tokens(CHUNK), range(4)) is Reason.NONE
+        rig.wait_until(lambda: not engine.client.is_whole())
+        engine.attach()
+        assert engine.store(rig.tokens(CHUNK, 2), range(4)) is Reason.NONE
+
+    def test_the_serving_thread_goes_on(self, house, join, monkeypatch):
+        calls = []
+
+        def fail():
+            calls.append(1)
+            raise AssertionError("on purpose")
+
+        monkeypatch.setattr(house.server.service, "sweep", fail)
+        rig.wait_until(lambda: len(calls) > 1)
+        assert join(house).store(rig.tokens(CHUNK), range(4)) is Reason.NONE

@@ -9,7 +9,6 @@ import pytest
 from lmcache.adapters.vllm.mp_options import REFUSED, split_options
 from lmcache.core.errors import ConfigError
 
-
 # what engines import at that moment is theirs to mend
 theirs = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
