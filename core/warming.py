@@ -23,11 +23,12 @@ PIECE_BYTES = 8 << 20
 class Warmer:
     """A background thread that follows the highest address in use."""
 
-    def __init__(self, slab: Slab, ahead_bytes: int = AHEAD_BYTES) -> None:
+    def __init__(self, slab: Slab, ahead_bytes: int | None = None) -> None:
+        """By default it keeps `AHEAD_BYTES` ahead."""
         self._slab = slab
-        self._ahead = ahead_bytes
+        self._ahead = AHEAD_BYTES if ahead_bytes is None else ahead_bytes
         self._warm = 0
-        self._target = min(ahead_bytes, slab.size)
+        self._target = min(self._ahead, slab.size)
         self._more = threading.Event()
         self._more.set()
         self._closed = False

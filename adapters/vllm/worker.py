@@ -354,6 +354,8 @@ class WorkerSide:
         mover.publish(copy.moves)
         self._events.extend(copy.events)
         spent = time.perf_counter() - started
+        if not size and not self._stored:  # another rank's to store, or the slab has been left
+            return
         logger.info(
             "Stored %d out of total %d tokens. size: %.4f gb, cost %.4f ms, "
             "throughput: %.4f GB/s; offload_time: %.4f ms, put_time: %.4f ms",

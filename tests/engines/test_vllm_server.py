@@ -196,9 +196,12 @@ class TestTroubles:
                     assert answer.token_ids == truth[number].token_ids
                 assert ask(engine, story(11, 600)).num_cached_tokens > 0
                 server.kill()
-                started = time.monotonic()
-                assert ask(engine, story(10, 600)).token_ids == truth[10].token_ids
-                assert time.monotonic() - started < truth[10].ttft_s + 4
+                spent = []
+                for _ in range(2):
+                    answer = ask(engine, story(10, 600))
+                    assert answer.token_ids == truth[10].token_ids
+                    spent.append(answer.ttft_s)
+                assert spent[0] < 2 * spent[1] + 1, "it costs one deadline and no more"
 
     def test_a_server_that_is_stopped_costs_one_deadline(self, start_engine, start_server, truth):
         server = start_server("--l1-size-gb", "0.5")
@@ -209,11 +212,9 @@ class TestTroubles:
             ask(engine, story(10, 600))
             assert ask(engine, story(10, 600)).num_cached_tokens > 0
             server.send(signal.SIGSTOP)
-            slowest = 0.0
             for number in (10, 11, 12, 10, 11, 12):
                 answer = ask(engine, story(number, 600))
                 assert answer.token_ids == truth[number].token_ids
-                slowest = max(slowest, answer.ttft_s / truth[number].ttft_s)
             time.sleep(5)
             server.send(signal.SIGCONT)
             server.wait_idle()
