@@ -120,7 +120,11 @@ class ServiceClient(CacheClient):
             return None
         if isinstance(answer, wire.Found):
             self._end_lookup(owner)
-            return self._hit(owner, answer)
+            try:
+                return self._hit(owner, answer)
+            except ServiceError:  # a server that speaks in riddles
+                self._link.is_lost = True
+                return _miss(stop, Reason.DEGRADED)
         is_late = time.monotonic() >= asked.deadline
         if answer is None and not is_late and not self._link.is_lost:
             return None
@@ -157,11 +161,11 @@ class ServiceClient(CacheClient):
             sequence, more = self._told(chain, stop)
             call = wire.Reserve(sequence=sequence, more=more, start=start, stop=stop, tail=tail)
             answer = self._link.call(call, self._deadline_s)
+            if isinstance(answer, wire.Reserved):
+                return answer.slots, wire.reason_of(answer.reason)
         except ServiceError:
-            return [], Reason.DEGRADED
-        if not isinstance(answer, wire.Reserved):
-            return [], Reason.DEGRADED
-        return answer.slots, wire.reason_of(answer.reason)
+            pass
+        return [], Reason.DEGRADED
 
     def depart(self, stores: Sequence[Slot], loads: Sequence[Hit]) -> int:
         """The server counts the steps as we do."""
