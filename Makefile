@@ -22,7 +22,7 @@ demo: ## See a long document being reused by a real vLLM, with numbers and a cha
 
 test: ## Run all tests, those with a real vLLM included (15 minutes on two cores)
 	@$(SETUP) test
-	$(SAY) "Running all tests (15 minutes on two cores; a real vLLM starts many times)"
+	$(SAY) "Running all tests (20 minutes on two cores; a real vLLM starts many times)"
 	$(BIN)/python -m pytest $(ARGS)
 
 test-engines: ## Run the tests with a real vLLM for several versions of it (10 minutes each)

@@ -34,6 +34,7 @@ PRINTS = {
 }
 CATCHES_ALL = {
     "adapters/vllm/connector.py": "the wall between us and the engine",
+    "adapters/vllm/hooks.py": "likewise",
     "adapters/vllm/mp_connector.py": "likewise",
     "adapters/vllm/outside.py": "a load that failed is reported to the engine, page by page",
     "adapters/vllm/wall.py": "likewise",

@@ -1,8 +1,9 @@
 """vLLM's KV connector, spoken to the core.
 
-`connector` is what vLLM calls in-process and `mp_connector` with a server; both pass to `scheduler`
-where vLLM schedules and to `worker` where the pages are; `step` is what travels between the two;
-`translate` turns vLLM's objects into ours.
+`connector` is what vLLM calls in-process, `mp_connector` what it calls with a server, and `hooks`
+what both have in common, behind the `wall` that keeps our errors from the engine. They pass to
+`scheduler` where vLLM schedules and to `worker` where the pages are; `step` is what travels between
+the two; `translate` turns vLLM's objects into ours.
 """
 
 from __future__ import annotations

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lmcache.adapters.vllm.hooks import Hooks
 from lmcache.adapters.vllm.live import LIVE
 from lmcache.adapters.vllm.scheduler import SchedulerSide
 from lmcache.adapters.vllm.step import Step
 from lmcache.adapters.vllm.translate import namespace_of
-from lmcache.adapters.vllm.wall import TOLERATED, Wall, guarded, nothing
+from lmcache.adapters.vllm.wall import guarded, nothing
 from lmcache.adapters.vllm.worker import WorkerSide
 from lmcache.core.assembly import assemble
 from lmcache.core.attachment import Attachment
 from lmcache.core.config import load_config
-from lmcache.core.errors import LMCacheError
 from lmcache.core.joining import Joining
 from lmcache.core.log import init_logger
 from lmcache.core.metrics import Exporter
@@ -36,7 +36,7 @@ def _no_events() -> list[Any]:
     return []
 
 
-class LMCacheConnectorV1Impl(Wall):
+class LMCacheConnectorV1Impl(Hooks):
     """vLLM's in-process connector: one instance where it schedules, one in every worker."""
 
     def __init__(self, vllm_config: VllmConfig, role: Any, parent: Any) -> None:
@@ -44,8 +44,6 @@ class LMCacheConnectorV1Impl(Wall):
         self._parent = parent
         extra = _transfer(vllm_config).kv_connector_extra_config or {}
         config = load_config(extra).config
-        self._worker: WorkerSide | None = None
-        self._scheduler: SchedulerSide | None = None
         if role.name == "WORKER":
             layerwise = config.use_layerwise and _layerwise_is_safe(vllm_config, extra)
             self._worker = WorkerSide(vllm_config, parent._kv_cache_config, layerwise=layerwise)
@@ -54,15 +52,6 @@ class LMCacheConnectorV1Impl(Wall):
         LIVE.add(self)
 
     # ---- worker
-
-    @guarded(nothing)
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """vLLM has allocated its pages."""
-        assert self._worker, "only workers have pages"
-        try:
-            self._worker.register_kv_caches(kv_caches)
-        except LMCacheError as error:
-            logger.error("LMCache is off for this engine: %s", error)
 
     @guarded(nothing)
     def bind_connector_metadata(self, step: Step) -> None:
@@ -98,22 +87,9 @@ class LMCacheConnectorV1Impl(Wall):
         assert self._worker
         self._worker.store_layer(layer_name)
 
-    def wait_for_save(self) -> None:
-        """Store before vLLM may reuse the pages. The scheduling side waits for its end anyway."""
-        assert self._worker
-        try:
-            self._worker.finish()
-        except Exception:
-            self.count_error("wait_for_save")
-
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Nothing is asynchronous here."""
         return None, None
-
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        """Pages that could not be filled; vLLM recomputes or fails their requests."""
-        assert self._worker
-        return self._worker.take_failed_pages()
 
     @guarded(_no_events)
     def get_kv_events(self) -> list[Any]:
@@ -136,35 +112,6 @@ class LMCacheConnectorV1Impl(Wall):
             self._scheduler.allocated(request, num_external_tokens)
         except Exception:
             self.count_error("update_state_after_alloc")
-
-    def build_connector_meta(self, scheduler_output: Any) -> Step:
-        """The copies that go with this step, and the pages nobody will fill after all."""
-        assert self._scheduler
-        try:
-            if self.errors < TOLERATED:
-                return self._scheduler.build(scheduler_output)
-        except Exception:
-            self.count_error("build_connector_meta")
-            self._scheduler.lose_track()
-        return self._scheduler.without_copies(scheduler_output)
-
-    def request_finished(
-        self, request: Any, block_ids: list[int]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        """A request ended; its pages are free at once, for all copies of it are done."""
-        assert self._scheduler
-        try:
-            return False, self._scheduler.finished(request)
-        except Exception:
-            self.count_error("request_finished")
-            return False, None
-
-    def shutdown(self) -> None:
-        """Let go of everything. vLLM's own wrapper never calls this; the process's end does it."""
-        self.errors = TOLERATED
-        for side in (self._scheduler, self._worker):
-            if side:
-                side.close()
 
     def _bound(self) -> Step:
         """The step vLLM's wrapper holds for the worker."""

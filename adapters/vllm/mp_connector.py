@@ -9,16 +9,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 import lmcache
 from lmcache.adapters.vllm.autostart import Autostart
+from lmcache.adapters.vllm.hooks import Hooks
 from lmcache.adapters.vllm.live import LIVE
 from lmcache.adapters.vllm.mp_options import MpOptions, split_options
 from lmcache.adapters.vllm.scheduler import SchedulerSide
 from lmcache.adapters.vllm.step import Step
 from lmcache.adapters.vllm.translate import namespace_of
-from lmcache.adapters.vllm.wall import TOLERATED, Wall, guarded, nothing
+from lmcache.adapters.vllm.wall import guarded, nothing
 from lmcache.adapters.vllm.worker import WorkerSide
 from lmcache.core.config import LoadedConfig, load_config
 from lmcache.core.environment import environment_text
-from lmcache.core.errors import LMCacheError
 from lmcache.core.joining import Joining
 from lmcache.core.log import init_logger
 from lmcache.core.service import wire
@@ -60,7 +60,7 @@ def _no_tokens() -> tuple[int | None, bool]:
     return 0, False
 
 
-class LMCacheMPConnector(Wall, KVConnectorBase_V1, SupportsHMA):
+class LMCacheMPConnector(Hooks, KVConnectorBase_V1, SupportsHMA):
     """One instance where vLLM schedules, one in every worker; the cache is the server's."""
 
     def __init__(self, vllm_config: VllmConfig, role: Any, kv_cache_config: Any = None) -> None:
@@ -70,8 +70,6 @@ class LMCacheMPConnector(Wall, KVConnectorBase_V1, SupportsHMA):
         options, rest = split_options(transfer.kv_connector_extra_config or {})
         loaded = load_config(rest)
         self._eager = options.eager_prefetch
-        self._worker: WorkerSide | None = None
-        self._scheduler: SchedulerSide | None = None
         if role.name == "WORKER":
             self._worker = WorkerSide(
                 vllm_config,
@@ -93,15 +91,6 @@ class LMCacheMPConnector(Wall, KVConnectorBase_V1, SupportsHMA):
         return False
 
     # ---- worker
-
-    @guarded(nothing)
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """vLLM has allocated its pages."""
-        assert self._worker, "only workers have pages"
-        try:
-            self._worker.register_kv_caches(kv_caches)
-        except LMCacheError as error:
-            logger.error("LMCache is off for this engine: %s", error)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A step begins; `start_load_kv` follows in any case."""
@@ -131,23 +120,10 @@ class LMCacheMPConnector(Wall, KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         """All layers are stored together, in `wait_for_save`."""
 
-    def wait_for_save(self) -> None:
-        """Store before vLLM may reuse the pages."""
-        assert self._worker
-        try:
-            self._worker.finish()
-        except Exception:
-            self.count_error("wait_for_save")
-
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose loads have ended, well or not. Stores are not asynchronous."""
         assert self._worker
         return None, self._worker.take_received() or None
-
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        """Pages that could not be filled; vLLM recomputes or fails their requests."""
-        assert self._worker
-        return self._worker.take_failed_pages()
 
     # ---- scheduler
 
@@ -179,28 +155,6 @@ class LMCacheMPConnector(Wall, KVConnectorBase_V1, SupportsHMA):
         except Exception:
             self.count_error("update_state_after_alloc")
 
-    def build_connector_meta(self, scheduler_output: Any) -> Step:
-        """The copies that go with this step, and the pages nobody will fill after all."""
-        assert self._scheduler
-        try:
-            if self.errors < TOLERATED:
-                return self._scheduler.build(scheduler_output)
-        except Exception:
-            self.count_error("build_connector_meta")
-            self._scheduler.lose_track()
-        return self._scheduler.without_copies(scheduler_output)
-
-    def request_finished(
-        self, request: Any, block_ids: list[int]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        """A request ended; its pages are free at once, for all stores of it are done."""
-        assert self._scheduler
-        try:
-            return False, self._scheduler.finished(request)
-        except Exception:
-            self.count_error("request_finished")
-            return False, None
-
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
@@ -216,13 +170,6 @@ class LMCacheMPConnector(Wall, KVConnectorBase_V1, SupportsHMA):
         return False
 
     # ---- both
-
-    def shutdown(self) -> None:
-        """Let go of everything."""
-        self.errors = TOLERATED
-        for side in (self._scheduler, self._worker):
-            if side:
-                side.close()
 
     def _bound(self) -> Step:
         step = self._connector_metadata

@@ -161,11 +161,15 @@ class ServiceClient(CacheClient):
             sequence, more = self._told(chain, stop)
             call = wire.Reserve(sequence=sequence, more=more, start=start, stop=stop, tail=tail)
             answer = self._link.call(call, self._deadline_s)
-            if isinstance(answer, wire.Reserved):
-                return answer.slots, wire.reason_of(answer.reason)
         except ServiceError:
-            pass
-        return [], Reason.DEGRADED
+            return [], Reason.DEGRADED
+        if not isinstance(answer, wire.Reserved):
+            return [], Reason.DEGRADED
+        try:
+            return answer.slots, wire.reason_of(answer.reason)
+        except ServiceError:  # likewise; what it reserved it gives back when the session ends
+            self._link.is_lost = True
+            return [], Reason.DEGRADED
 
     def depart(self, stores: Sequence[Slot], loads: Sequence[Hit]) -> int:
         """The server counts the steps as we do."""
