@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from lmcache.core.errors import HandoverError
 from lmcache.core.frames import receive, send
 from lmcache.core.handover import CHANNELS
-from lmcache.core.layout import PageLayout
 from lmcache.core.lender import ORDERS, Copied, Copy, Finish, Order, Publish
 from lmcache.core.log import init_logger
 from lmcache.core.mover import Mover
@@ -52,7 +51,7 @@ class BorrowedPages:
             regions = tuple(_moved(region, moved) for region in lending.layout.regions)
         except (OSError, ValueError) as error:
             raise HandoverError(f"cannot map the lent memory: {error}") from error
-        self.layout = PageLayout(regions, lending.layout.page_tokens, lending.layout.kind)
+        self.layout = replace(lending.layout, regions=regions)
         self._ranges = [(here, length) for _, length, here in moved]
 
     def warm(self, is_over: Callable[[], bool]) -> None:

@@ -15,7 +15,7 @@ from lmcache.core.chain import KeyChain
 from lmcache.core.flights import Flights
 from lmcache.core.geometry import Geometry, combined_layout, pages_per_chunk
 from lmcache.core.keys import Identity, root_key
-from lmcache.core.mover import Move, Mover
+from lmcache.core.mover import HOLE, Move, Mover
 from lmcache.core.receipts import Reason, Receipt
 
 if TYPE_CHECKING:
@@ -45,6 +45,27 @@ def moves_for(
     return moves
 
 
+def moves_for_groups(
+    slots: Sequence[Slot],
+    geometry: Geometry,
+    tables: Sequence[Sequence[int]],
+    first: int,
+    stop: int,
+) -> list[Move]:
+    """Like `moves_for`, with a page table, which may have holes, for each cache group."""
+    if len(tables) == 1:
+        return moves_for(slots, geometry, tables[0], first, stop)
+    moves = []
+    for slot in slots:
+        start = slot.chunk * geometry.pages_per_chunk
+        low, high = max(start, first), min(start + slot.pages, stop)
+        if low < high:
+            before, after = [HOLE] * (low - start), [HOLE] * (start + slot.pages - high)
+            pages = [page for table in tables for page in (*before, *table[low:high], *after)]
+            moves.append(Move(slot.offset, slot.generation, slot.pages, 0, pages))
+    return moves
+
+
 class CacheEngine:
     """Looks up, stores and retrieves the pages of one layout. Not for several threads at once."""
 
@@ -62,7 +83,7 @@ class CacheEngine:
         self.geometry = Geometry(
             page_tokens=layout.page_tokens,
             pages_per_chunk=pages_per_chunk(chunk_size, layout.page_tokens),
-            slices=(layout.page_bytes,),
+            slices=(layout.stored_bytes,),
             layout=combined_layout([layout.fingerprint]),
         )
         self.decider = decider

@@ -20,7 +20,8 @@ class Geometry:
     page_tokens: int
     pages_per_chunk: int
     slices: tuple[int, ...]
-    """Bytes of one page in each slice: one for each mover, or fewer where movers hold the same."""
+    """Bytes stored for the tokens of one page in each slice, over all cache groups: one for each
+    mover, or fewer where movers hold the same."""
     layout: bytes
     """Digest over the layouts of all slices."""
 
@@ -35,7 +36,7 @@ class Geometry:
 
     @cached_property
     def page_bytes(self) -> int:
-        """Bytes of one page over all slices."""
+        """Bytes stored for the tokens of one page over all slices."""
         return sum(self.slices)
 
     @cached_property

@@ -55,6 +55,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     """Its number among the engine's movers, from 0."""
     page_tokens: int
     page_bytes: int
+    """Bytes stored for the tokens of one page, over all cache groups."""
     fingerprint: str
     slice_index: int
     """The slice of every page it holds; movers with the same slice hold the same bytes."""

@@ -131,10 +131,14 @@ class PageLayout:
     page_tokens: int
     kind: str
     """Attention backend and the content format of a page, e.g. `CPU_ATTN/AVX512`."""
+    groups: int = 1
+    """How many pages the same tokens take: one in each of the engine's cache groups."""
 
     def __post_init__(self) -> None:
         if not self.regions:
             raise LayoutError("a layout needs at least one region")
+        if self.groups < 1:
+            raise LayoutError(f"{self.groups} cache groups")
         if len({region.pages for region in self.regions}) != 1:
             raise LayoutError("regions disagree on the number of pages")
 
@@ -147,6 +151,11 @@ class PageLayout:
     def page_bytes(self) -> int:
         """Bytes of one page over all regions."""
         return sum(region.page_bytes for region in self.regions)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes stored for the tokens of one page, over all cache groups."""
+        return self.groups * self.page_bytes
 
     @cached_property
     def page_major(self) -> bool:
@@ -166,6 +175,7 @@ class PageLayout:
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits, equal only if objects of one layout are valid in the other."""
-        lines = [f"v1 {self.kind} {self.page_tokens} {'page' if self.page_major else 'region'}"]
+        order = "page" if self.page_major else "region"
+        lines = [f"v1 {self.kind} {self.page_tokens} {order} x{self.groups}"]
         lines += [f"{region.page_bytes} {region.meaning}" for region in self.regions]
         return blake3("\n".join(lines).encode()).hexdigest()

@@ -6,6 +6,7 @@ generation it must have and which pages it is for.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lmcache.core.gate import Gate
@@ -15,7 +16,7 @@ from lmcache.core.slab import CONTROL_BYTES, MOVER_BYTES, WORD
 from lmcache.core.warming import Warmer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
 
@@ -24,18 +25,30 @@ if TYPE_CHECKING:
     from lmcache.core.slab import Slab
 
 
+HOLE = -(1 << 31)
+"""In place of a page id: nothing is copied there, and nothing will ever be looked for there."""
+
+
 class Move(NamedTuple):
-    """Copy some pages of one slot. Plain integers, which cross processes with the engine's data."""
+    """Copy some pages of one slot. Plain integers, which cross processes with the engine's data.
+
+    A slot holds its pages for the engine's first cache group, then those for the second, and so on.
+    """
 
     offset: int
     """Where the slot lies in the slab."""
     generation: int
     slot_pages: int
-    """Pages in the whole slot."""
+    """Pages of each cache group in the whole slot."""
     first: int
     """The first page of the slot to copy."""
     pages: list[int]
-    """Engine page ids."""
+    """Engine page ids, and holes."""
+
+    @property
+    def engine_pages(self) -> list[int]:
+        """The pages that are copied."""
+        return [page for page in self.pages if page != HOLE]
 
 
 class PageCopier(Protocol):
@@ -102,7 +115,7 @@ class Mover:
         """Every region of `moves` has been stored. A slot not stored whole stays incomplete."""
         with self._gate.passage() as admitted:
             for move in moves if admitted and self._writes else ():
-                if len(move.pages) == move.slot_pages:
+                if len(move.pages) == move.slot_pages * self.layout.groups:
                     self._slab.write_word(self._tag(move), move.generation)
 
     def load(self, moves: Sequence[Move], region: int | None = None) -> tuple[int, list[Move]]:
@@ -152,7 +165,8 @@ class Mover:
     def _copy(self, moves: Sequence[Move], region: int | None, *, to_slab: bool) -> int:
         if not moves:
             return 0
-        return self._pages.copy([self._span(move) for move in moves], region, to_slab=to_slab)
+        spans = [span for move in moves for span in self._spans(move)]
+        return self._pages.copy(spans, region, to_slab=to_slab)
 
     def _inside(self, move: Move) -> int:
         last = move.offset + self._geometry.slot_bytes(move.slot_pages)
@@ -160,6 +174,14 @@ class Mover:
             raise IndexError(f"slot at {move.offset} lies outside the slab")
         return move.offset
 
-    def _span(self, move: Move) -> Span:
+    def _spans(self, move: Move) -> Iterator[Span]:
         payload = self._inside(move) + self._geometry.payload_offset(self._slice, move.slot_pages)
-        return Span(payload, move.slot_pages, move.first, move.pages)
+        stored, first = move.slot_pages * self.layout.groups, move.first
+        if HOLE not in move.pages:  # as nearly always
+            yield Span(payload, stored, first, move.pages)
+            return
+        for is_hole, part in groupby(move.pages, HOLE.__eq__):
+            pages = list(part)
+            if not is_hole:
+                yield Span(payload, stored, first, pages)
+            first += len(pages)

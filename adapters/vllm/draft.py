@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lmcache.adapters.vllm.groups import NULL_PAGE
 from lmcache.adapters.vllm.step import Copy, Step
 from lmcache.adapters.vllm.translate import stored_event
-from lmcache.core.engine import moves_for
+from lmcache.core.engine import moves_for_groups
 from lmcache.core.receipts import Reason
 
 if TYPE_CHECKING:
+    from lmcache.adapters.vllm.groups import Groups, Tables
     from lmcache.core.chain import KeyChain
     from lmcache.core.client import CacheClient
     from lmcache.core.decider import Hit
     from lmcache.core.index import Slot
-
-NULL_PAGE = 0
-"""vLLM's block 0 stands for "no block"; its content is nobody's."""
 
 
 @dataclass
@@ -29,7 +28,7 @@ class Tracked:
     chain: KeyChain
     may_load: bool
     may_store: bool
-    pages: list[int] = field(default_factory=list)
+    tables: Tables = field(default_factory=list)
     local: int = 0
     """Tokens that vLLM's own prefix cache has."""
     found: int = 0
@@ -48,15 +47,16 @@ class Tracked:
 
     def restart(self) -> None:
         """vLLM asks about it anew: it was preempted, and its pages are gone."""
-        self.pages, self.local, self.load = [], 0, 0
+        self.tables, self.local, self.load = [], 0, 0
         self.done, self.computed, self.running, self.awaited = 0, 0, False, False
 
 
 class Draft:
     """A step in the making, and what it holds in the decider until it departs."""
 
-    def __init__(self, cache: CacheClient, *, events: bool) -> None:
+    def __init__(self, cache: CacheClient, groups: Groups, *, events: bool) -> None:
         self.cache = cache
+        self._groups = groups
         self.step = Step(attachment=cache.number)
         self._events = events
         self._loaded: list[Hit] = []
@@ -67,15 +67,16 @@ class Draft:
         hit, tracked.hit = tracked.hit, None
         geometry, request = self.cache.geometry, tracked.request
         wanted, tracked.load = tracked.load, 0
-        if not wanted or not hit:
+        if not wanted or not hit or not self._is_restorable(tracked.local + wanted, hit):
             self.cache.release(request.request_id, hit)
             return False
         self._loaded.append(hit)
         first = tracked.local // geometry.page_tokens
         stop = -(-(tracked.local + wanted) // geometry.page_tokens)
-        moves = moves_for(hit.slots, geometry, tracked.pages, first, stop)
-        covered = sum(len(move.pages) for move in moves)
-        assert covered == stop - first, f"{covered} of {stop - first} pages can be loaded"
+        tables = self._groups.granted(tracked.tables)
+        assert all(len(table) >= stop for table in tables), "the page table ends before the hit"
+        assert hit.tokens >= tracked.local + wanted, f"{wanted} tokens wanted of {hit.tokens}"
+        moves = moves_for_groups(hit.slots, geometry, tables, first, stop)
         self.step.loads.append(
             Copy(request.request_id, moves, wanted, hit.tokens, request.num_tokens)
         )
@@ -83,9 +84,17 @@ class Draft:
         tracked.done = max(tracked.done, hit.tokens)
         return True
 
-    def store(self, tracked: Tracked, stop: int, *, tail: bool) -> None:
-        """Add a store of the tokens up to `stop` that are not stored yet."""
-        cache, start, request = self.cache, tracked.done, tracked.request
+    def store(self, tracked: Tracked, before: int, stop: int, *, tail: bool) -> None:
+        """Add a store of the tokens up to `stop` that are not stored yet.
+
+        The first `before` of them were computed before this step.
+        """
+        cache, request = self.cache, tracked.request
+        if not self._groups.keep_all:  # what ended earlier may have lost pages that it needs
+            tracked.done = max(tracked.done, before - before % cache.geometry.chunk_tokens)
+        start = tracked.done
+        if start >= stop:
+            return
         slots, reason = cache.reserve(tracked.chain, start, stop, tail=tail)
         self._stored.extend(slots)
         tracked.done = stop
@@ -94,10 +103,13 @@ class Draft:
             tracked.done = last * cache.geometry.chunk_tokens
         if not slots:
             return
-        moves = moves_for(slots, cache.geometry, tracked.pages, 0, len(tracked.pages))
+        tables = self._groups.kept(tracked.tables, before, cache.geometry.page_tokens)
+        shortest = min(len(table) for table in tables)
+        moves = moves_for_groups(slots, cache.geometry, tables, 0, shortest)
         assert len(moves) == len(slots), "the page table ends before the tokens do"
         for move in moves:
-            assert len(move.pages) == move.slot_pages, "the page table ends inside a chunk"
+            asked = move.slot_pages * len(tables)
+            assert len(move.pages) == asked, "the page table ends inside a chunk"
             assert NULL_PAGE not in move.pages, "a page of the prompt does not exist"
         copy = Copy(
             request_id=request.request_id,
@@ -109,6 +121,10 @@ class Draft:
         if self._events:
             copy.events = [stored_event(slot, tracked.chain, request) for slot in slots]
         self.step.stores.append(copy)
+
+    def _is_restorable(self, stop: int, hit: Hit) -> bool:
+        """Whether every group has what a token at `stop` looks at, once the hit is loaded."""
+        return self._groups.keep_all or hit.tokens - 1 <= stop
 
     def depart(self) -> Step:
         """The step, ready to be sent; what it holds is in the air from now on."""

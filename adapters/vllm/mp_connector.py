@@ -9,6 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 import lmcache
 from lmcache.adapters.vllm.autostart import Autostart
+from lmcache.adapters.vllm.groups import Groups, groups_of, tables_of
 from lmcache.adapters.vllm.hooks import Hooks
 from lmcache.adapters.vllm.live import LIVE
 from lmcache.adapters.vllm.mp_options import MpOptions, split_options
@@ -19,6 +20,7 @@ from lmcache.adapters.vllm.wall import guarded, nothing
 from lmcache.adapters.vllm.worker import WorkerSide
 from lmcache.core.config import LoadedConfig, load_config
 from lmcache.core.environment import environment_text
+from lmcache.core.errors import LayoutError
 from lmcache.core.joining import Joining
 from lmcache.core.log import init_logger
 from lmcache.core.service import wire
@@ -28,6 +30,11 @@ try:  # vLLM 0.32 and later tell hits by where they come from
     from vllm.distributed.kv_transfer.kv_connector.v1.base import CacheHitSource
 except ImportError:
     CacheHitSource = None
+
+try:  # vLLM 0.30 and later ask which requests did not get their loads
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+except ImportError:
+    KVConnectorTransferResults = None
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -75,11 +82,12 @@ class LMCacheMPConnector(Hooks, KVConnectorBase_V1, SupportsHMA):
                 vllm_config,
                 kv_cache_config,
                 outside=True,
+                may_have_groups=KVConnectorTransferResults is not None,
                 lends=options.mp_transfer_mode == "lmcache_driven",
                 deadline_s=options.mq_timeout,
             )
         else:
-            self._scheduler = _scheduler_side(vllm_config, loaded, options)
+            self._scheduler = _scheduler_side(vllm_config, kv_cache_config, loaded, options)
         LIVE.add(self)
 
     if CacheHitSource is not None:
@@ -125,6 +133,13 @@ class LMCacheMPConnector(Hooks, KVConnectorBase_V1, SupportsHMA):
         assert self._worker
         return None, self._worker.take_received() or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        """Likewise, and which of them did not get all of it, where they need all."""
+        assert self._worker
+        received = self._worker.take_received()
+        failed = self._worker.take_failed_requests()
+        return KVConnectorTransferResults(finished_recving=received, failed_recving=failed)
+
     # ---- scheduler
 
     def on_new_request(self, request: Any) -> None:
@@ -150,8 +165,8 @@ class LMCacheMPConnector(Hooks, KVConnectorBase_V1, SupportsHMA):
         """vLLM has made room for a load, or says that it will not need one."""
         assert self._scheduler
         try:
-            pages = list(blocks.get_block_ids()[0]) if num_external_tokens else None
-            self._scheduler.allocated(request, num_external_tokens, pages)
+            tables = tables_of(blocks.get_block_ids()) if num_external_tokens else None
+            self._scheduler.allocated(request, num_external_tokens, tables)
         except Exception:
             self.count_error("update_state_after_alloc")
 
@@ -177,7 +192,7 @@ class LMCacheMPConnector(Hooks, KVConnectorBase_V1, SupportsHMA):
 
 
 def _scheduler_side(
-    vllm_config: VllmConfig, loaded: LoadedConfig, options: MpOptions
+    vllm_config: VllmConfig, kv_cache_config: Any, loaded: LoadedConfig, options: MpOptions
 ) -> SchedulerSide:
     transfer: Any = vllm_config.kv_transfer_config
     config = loaded.config
@@ -220,7 +235,21 @@ def _scheduler_side(
     joining = Joining(
         open_client, f"the server at {options.endpoint} is gone", options.heartbeat_interval
     )
-    return SchedulerSide(config, namespace, joining, role=transfer.kv_role, outside=True)
+    return SchedulerSide(
+        config,
+        namespace,
+        joining,
+        role=transfer.kv_role,
+        groups=_groups(kv_cache_config),
+        outside=True,
+    )
+
+
+def _groups(kv_cache_config: Any) -> Groups:
+    try:
+        return groups_of(kv_cache_config)
+    except LayoutError:  # the workers say so, and nobody attaches
+        return Groups()
 
 
 def _warn_of_what_is_the_servers(loaded: LoadedConfig) -> None:

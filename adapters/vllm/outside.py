@@ -59,10 +59,13 @@ class OutsideLoads:
     def __init__(self, load: Callable[[Mover | Lender, Copy], list[int]]) -> None:
         """`load` fills the pages of a copy and returns those it could not fill."""
         self._load = load
+        self.by_request = False
+        """Whether a request that lacks a page can use none of what was loaded for it."""
         self._queue: SimpleQueue[_Load | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._received: set[str] = set()
-        self._failed: set[int] = set()
+        self._failed_pages: set[int] = set()
+        self._failed_requests: set[str] = set()
         self._thread: threading.Thread | None = None
 
     def submit(self, step: Step, mover: Mover | Lender, progress: Progress) -> None:
@@ -76,7 +79,10 @@ class OutsideLoads:
     def refuse(self, requests: list[str], pages: list[int]) -> None:
         """These requests will not get their loads: their pages are as they were."""
         with self._lock:
-            self._failed.update(pages)
+            if not self.by_request:
+                self._failed_pages.update(pages)
+            elif pages:
+                self._failed_requests.update(requests)
             self._received.update(requests)
 
     def take_received(self) -> set[str]:
@@ -85,10 +91,16 @@ class OutsideLoads:
             received, self._received = self._received, set()
             return received
 
-    def take_failed(self) -> set[int]:
+    def take_failed_pages(self) -> set[int]:
         """The pages that could not be filled, of all requests taken so far at least."""
         with self._lock:
-            failed, self._failed = self._failed, set()
+            failed, self._failed_pages = self._failed_pages, set()
+            return failed
+
+    def take_failed_requests(self) -> set[str]:
+        """Those that did not get what they waited for, of all taken so far at least."""
+        with self._lock:
+            failed, self._failed_requests = self._failed_requests, set()
             return failed
 
     def close(self) -> None:
@@ -99,7 +111,7 @@ class OutsideLoads:
 
     def _run(self) -> None:
         while (load := self._queue.get()) is not None:
-            failed = [page for move in load.copy.moves for page in move.pages]
+            failed = [page for move in load.copy.moves for page in move.engine_pages]
             try:
                 failed = self._load(load.mover, load.copy)
             except Exception:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lmcache.adapters.vllm.draft import Draft, Tracked
+from lmcache.adapters.vllm.groups import Groups, joined, tables_of
 from lmcache.adapters.vllm.step import Step
 from lmcache.adapters.vllm.translate import (
     identity_of,
@@ -22,6 +23,7 @@ from lmcache.core.log import init_logger
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lmcache.adapters.vllm.groups import Tables
     from lmcache.core.client import CacheClient
     from lmcache.core.config import Config
     from lmcache.core.decider import Hit
@@ -37,8 +39,8 @@ class Promise:
 
     first: int
     stop: int
-    pages: list[int] | None = None
-    """The request's page table, if vLLM waits for the load outside the batch."""
+    tables: Tables | None = None
+    """The request's page tables, if vLLM waits for the load outside the batch."""
 
 
 class SchedulerSide:
@@ -51,6 +53,7 @@ class SchedulerSide:
         joining: Joining[Any],
         *,
         role: str,
+        groups: Groups | None = None,
         details: bool = False,
         outside: bool = False,
     ) -> None:
@@ -67,6 +70,7 @@ class SchedulerSide:
         )
         self._details = details
         self._outside = outside
+        self._groups = groups or Groups()
         self._tracked: dict[str, Tracked] = {}
         self._promises: dict[str, Promise] = {}
         self._due: list[Tracked] = []
@@ -88,7 +92,10 @@ class SchedulerSide:
         if hit is None:
             return None
         tracked.local, tracked.found = local, hit.tokens
-        is_whole = hit.tokens == request.num_tokens and not self._outside
+        # vLLM computes the last token again; what that one looks at must be there, too
+        is_whole = hit.tokens == request.num_tokens and not (
+            self._outside and self._groups.keep_all
+        )
         need: int = max(0, hit.tokens - local - is_whole)
         if known is None:
             logger.info(
@@ -111,24 +118,24 @@ class SchedulerSide:
             if tracked.may_load:
                 self._hit(cache, tracked)
 
-    def allocated(self, request: Any, external: int, pages: list[int] | None = None) -> None:
+    def allocated(self, request: Any, external: int, tables: Tables | None = None) -> None:
         """vLLM made room for `external` tokens of ours: as many as we said, fewer or none.
 
-        With `pages`, its table, the request waits for them outside the batch.
+        With its page `tables`, the request waits for them outside the batch.
         """
         promise = self._promises.pop(request.request_id, None)
         if external and promise:
-            self._promises[request.request_id] = replace(promise, pages=pages)
+            self._promises[request.request_id] = replace(promise, tables=tables)
         tracked = self._tracked.get(request.request_id)
         if tracked is None or self._cache is None:
             return
         tracked.load = external
         if external:
-            self._promise(request, tracked.local, external, pages)
+            self._promise(request, tracked.local, external, tables)
             if tracked.hit and not self._cache.keeps(tracked.hit, promised=True):
                 tracked.hit = None
-            if pages is not None:
-                tracked.pages, tracked.awaited = pages, True
+            if tables is not None:
+                tracked.tables, tracked.awaited = tables, True
                 self._due.append(tracked)
             return
         if tracked.hit:
@@ -162,15 +169,15 @@ class SchedulerSide:
         due, self._due = self._due, []
         if cache is None:
             return self.without_copies(scheduled)
-        draft = Draft(cache, events=self._config.enable_kv_events)
+        draft = Draft(cache, self._groups, events=self._config.enable_kv_events)
         kept: list[str] = []
         try:
             for tracked in due:
                 if self._is_current(tracked) and draft.load(tracked):
                     kept.append(tracked.request.request_id)
-            for request_id, pages, before in self._scheduled(scheduled):
+            for request_id, tables, before in self._scheduled(scheduled):
                 tracked = self._tracked[request_id]
-                tracked.pages = pages
+                tracked.tables = tables
                 if draft.load(tracked):
                     kept.append(request_id)
                 self._plan(draft, tracked, before, scheduled.num_scheduled_tokens[request_id])
@@ -201,45 +208,46 @@ class SchedulerSide:
         if self._cache:
             self._cache.release(tracked.request.request_id, hit)
 
-    def _scheduled(self, scheduled: Any) -> Iterator[tuple[str, list[int], int]]:
-        """The tracked requests of a step: id, whole page table, tokens computed before it."""
+    def _scheduled(self, scheduled: Any) -> Iterator[tuple[str, Tables, int]]:
+        """The tracked requests of a step: id, whole page tables, tokens computed before it."""
         for new in scheduled.scheduled_new_reqs:
             if new.req_id in self._tracked:
-                yield new.req_id, list(new.block_ids[0]), new.num_computed_tokens
+                yield new.req_id, tables_of(new.block_ids), new.num_computed_tokens
         cached = scheduled.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             if request_id in self._tracked:
                 fresh = cached.new_block_ids[i]
-                old = self._tracked[request_id].pages
+                tables = self._tracked[request_id].tables
                 if request_id in cached.resumed_req_ids:
-                    old = []
-                pages = old + list(fresh[0]) if fresh else old
-                yield request_id, pages, cached.num_computed_tokens[i]
+                    tables = []
+                if fresh:
+                    tables = joined(tables, fresh)
+                yield request_id, tables, cached.num_computed_tokens[i]
 
     def _own_up(self, step: Step, scheduled: Any) -> None:
         """Tell the workers what requests were promised and will not get: vLLM must not use it."""
         if not self._promises:
             return
-        tables = {new.req_id: new.block_ids[0] for new in scheduled.scheduled_new_reqs}
+        tables = {new.req_id: new.block_ids for new in scheduled.scheduled_new_reqs}
         cached = scheduled.scheduled_cached_reqs
-        for request_id, fresh in zip(cached.req_ids, cached.new_block_ids, strict=True):
-            if fresh:
-                tables[request_id] = fresh[0]
+        grown = zip(cached.req_ids, cached.new_block_ids, strict=True)
+        tables.update({request_id: fresh for request_id, fresh in grown if fresh})
         for request_id, promise in list(self._promises.items()):
-            table = promise.pages if promise.pages is not None else tables.get(request_id)
-            if table is None:
+            promised = promise.tables or tables.get(request_id)
+            if promised is None:
                 continue
             del self._promises[request_id]
-            step.lost.extend(table[promise.first : promise.stop])
-            if promise.pages is not None:
+            for table in promised:
+                step.lost.extend(table[promise.first : promise.stop])
+            if promise.tables:
                 step.unloaded.append(request_id)
 
-    def _promise(self, request: Any, local: int, need: int, pages: list[int] | None = None) -> None:
+    def _promise(self, request: Any, local: int, need: int, tables: Tables | None = None) -> None:
         """From now on vLLM counts on us to fill these pages, whatever becomes of the cache."""
         assert self._cache
         size = self._cache.geometry.page_tokens
         self._promises[request.request_id] = Promise(
-            local // size, -(-(local + need) // size), pages
+            local // size, -(-(local + need) // size), tables
         )
 
     def _plan(self, draft: Draft, tracked: Tracked, before: int, count: int) -> None:
@@ -263,7 +271,7 @@ class SchedulerSide:
         geometry = draft.cache.geometry
         stop -= stop % (geometry.page_tokens if tail else geometry.chunk_tokens)
         if stop > tracked.done:
-            draft.store(tracked, stop, tail=tail)
+            draft.store(tracked, before, stop, tail=tail)
 
     def close(self) -> None:
         """Stop trying to attach, and let go of what is attached."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
 
+    from lmcache.adapters.vllm.groups import Groups
     from lmcache.core.chain import KeyChain
     from lmcache.core.config import Config
     from lmcache.core.index import Slot
@@ -33,11 +34,6 @@ _PAGE_AXIS_0_22 = {
     "FLASHINFER": 0,
 }
 """The axis that counts blocks, before 0.23 put it first everywhere."""
-
-
-_KEPT_WHOLE = ("FullAttentionSpec", "MLAAttentionSpec")
-"""Cache specs whose groups keep every page of a request until its end. All others free or share
-pages in ways of their own, and vLLM tells the connector nothing of it."""
 
 
 def version_of(text: str) -> tuple[int, int]:
@@ -66,24 +62,15 @@ def layout_of(
     kv_caches: Mapping[str, torch.Tensor],
     backends: Mapping[str, str],
     kv_cache_config: Any,
+    groups: Groups,
     version: str,
 ) -> PageLayout:
     """The layout of the tensors vLLM registers, one region per distinct tensor.
 
-    `backends` names the attention backend of each layer. Raises `LayoutError` for more than one
-    cache group, and for whatever this release has not been checked against.
+    `backends` names the attention backend of each layer. Raises `LayoutError` for whatever this
+    release has not been checked against.
     """
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise LayoutError(f"{len(groups)} KV cache groups; the in-process connector takes one")
-    spec = groups[0].kv_cache_spec
-    for member in getattr(spec, "kv_cache_specs", {"": spec}).values():
-        if type(member).__name__ not in _KEPT_WHOLE:
-            raise LayoutError(
-                f"a KV cache of {type(member).__name__} does not keep every page of a request; "
-                f"known: {', '.join(_KEPT_WHOLE)}"
-            )
-    tensors, _ = distinct(kv_caches)
+    tensors, places = distinct(kv_caches)
     regions = [
         _region(name, tensor, backends[name], kv_cache_config.num_blocks, version_of(version))
         for name, tensor in tensors.items()
@@ -92,7 +79,17 @@ def layout_of(
     kind = "/".join(sorted(set(backends.values())))
     if devices == {"cpu"}:
         kind += f"/{_cpu_format()}/vllm-{version_of(version)}"
-    return PageLayout(tuple(regions), spec.block_size, kind)
+    if not groups.keep_all:
+        kind += f"/groups {groups}, {_members(kv_cache_config, places)}"
+    size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+    return PageLayout(tuple(regions), size, kind, groups=len(groups.windows))
+
+
+def _members(kv_cache_config: Any, places: Mapping[str, int]) -> str:
+    """Which layer has its pages where. Another vLLM may form groups otherwise."""
+    groups = [group.layer_names for group in kv_cache_config.kv_cache_groups]
+    text = json.dumps([[(name, places[name]) for name in names] for names in groups])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def distinct(

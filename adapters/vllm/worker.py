@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import vllm
 
+from lmcache.adapters.vllm.groups import groups_of
 from lmcache.adapters.vllm.outside import OutsideLoads, Progress
 from lmcache.adapters.vllm.step import Copy, Step, StoredEvent
 from lmcache.adapters.vllm.translate import (
@@ -19,6 +20,7 @@ from lmcache.adapters.vllm.translate import (
     slice_of,
     version_of,
 )
+from lmcache.core.errors import LayoutError
 from lmcache.core.geometry import Geometry
 from lmcache.core.handover import Door, Grant, Hello, Lending, address_of
 from lmcache.core.lender import Lender
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from lmcache.core.layout import PageLayout
 
 logger = init_logger(__name__)
+
+WHO_HAS_GROUPS = "they need LMCacheMPConnector and vLLM 0.30 or later"
 
 
 class Granted(NamedTuple):
@@ -57,10 +61,13 @@ class WorkerSide:
         *,
         layerwise: bool = False,
         outside: bool = False,
+        may_have_groups: bool = False,
         lends: bool = False,
         deadline_s: float = 1.0,
     ) -> None:
         """With `outside`, loads are made while the batch goes on, and `take_received` tells.
+
+        With `may_have_groups`, vLLM asks which requests failed, not only for pages.
 
         With `lends`, another process makes the copies, each of which may take `deadline_s` and what
         its bytes take besides.
@@ -68,6 +75,7 @@ class WorkerSide:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._layerwise = layerwise
+        self._may_have_groups = may_have_groups
         self._layout: PageLayout | None = None
         self._tensors: list[torch.Tensor] = []
         self._regions: dict[str, int] = {}
@@ -102,18 +110,23 @@ class WorkerSide:
         if self._lends:
             self._memory = LentMemory(kv_caches.values())
         backends = backends_of(self._vllm_config, kv_caches)
-        layout = layout_of(kv_caches, backends, self._kv_cache_config, vllm.__version__)
+        groups = groups_of(self._kv_cache_config)
+        if not groups.keep_all and not self._may_have_groups:
+            raise LayoutError(f"cache groups ({groups}): {WHO_HAS_GROUPS}")
+        layout = layout_of(kv_caches, backends, self._kv_cache_config, groups, vllm.__version__)
         tensors, self._regions = distinct(kv_caches)
         version = version_of(vllm.__version__)
         axes = [page_axis(version, backends[name], t.dim()) for name, t in tensors.items()]
         self._tensors = list(tensors.values())
         check_layout(layout, self._tensors, axes)
         self._layout = layout
+        if self._outside:
+            self._outside.by_request = not groups.keep_all
         rank = self._vllm_config.parallel_config.rank
         hello = Hello(
             number=rank,
             page_tokens=layout.page_tokens,
-            page_bytes=layout.page_bytes,
+            page_bytes=layout.stored_bytes,
             fingerprint=layout.fingerprint,
             slice_index=slice_of(self._vllm_config),
             pid=os.getpid(),
@@ -248,7 +261,7 @@ class WorkerSide:
     def give_up(self, step: Step) -> None:
         """An error left the loads of a step in an unknown state: report all their pages."""
         self._lose(step.lost, step.unloaded)
-        pages = [page for move in step.all_loads() for page in move.pages]
+        pages = [page for move in step.all_loads() for page in move.engine_pages]
         self._lose(pages, [copy.request_id for copy in step.loads])
         if self._outside and self._now and step.number:
             for _ in step.loads:
@@ -273,14 +286,19 @@ class WorkerSide:
     def take_failed_pages(self) -> set[int]:
         """Pages that loads left without their content since the last call."""
         failed, self._failed = self._failed, set()
-        return failed | self._outside.take_failed() if self._outside else failed
+        return failed | self._outside.take_failed_pages() if self._outside else failed
 
     def take_received(self) -> set[str]:
         """Requests whose loads outside the batch have ended since the last call, well or not.
 
-        Of those that did not end well, `take_failed_pages` has the pages from now on.
+        Of those that did not end well, `take_failed_pages` has the pages from now on, or
+        `take_failed_requests` the names where pages are not for themselves.
         """
         return self._outside.take_received() if self._outside else set()
+
+    def take_failed_requests(self) -> set[str]:
+        """Requests that did not get what they waited for, where all of it is needed."""
+        return self._outside.take_failed_requests() if self._outside else set()
 
     # ----
 
@@ -302,7 +320,7 @@ class WorkerSide:
         return [i for i in range(len(self._layout.regions)) if i not in self._loaded]
 
     def _give_up(self, moves: list[Move]) -> None:
-        self._lose([page for move in moves for page in move.pages])
+        self._lose([page for move in moves for page in move.engine_pages])
 
     def _lose(self, pages: list[int], requests: Sequence[str] = ()) -> None:
         """Pages without their content, and the requests that wait for them outside the batch."""
@@ -332,7 +350,7 @@ class WorkerSide:
         spent = time.perf_counter() - started
         if failed:
             logger.warning("Reqid: %s, %d loads failed", copy.request_id, len(failed))
-            return [page for move in failed for page in move.pages]
+            return [page for move in failed for page in move.engine_pages]
         logger.info(
             "Retrieved %d out of %d required tokens (from %d total tokens). "
             "size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s;",

@@ -101,9 +101,11 @@ class Link:
                 self._socket.poll(max(1, int(rest * 1e3)))
 
     def end(self, number: int) -> None:
-        """Nobody waits for this call any more; its answer, if there comes one, is an orphan."""
+        """Nobody waits for this call any more; an answer nobody has taken is an orphan."""
         with self.lock:
-            self._asked.pop(number, None)
+            answer = self._asked.pop(number, None)
+            if answer is not None and self.orphan:
+                self.orphan(answer)
 
     def call(self, body: wire.Request, timeout_s: float) -> wire.Reply:
         """Send and wait for the answer. Raises `ServiceError` if it does not come in time."""

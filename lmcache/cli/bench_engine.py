@@ -56,7 +56,7 @@ class BenchEngine:
         hello = Hello(
             number=0,
             page_tokens=pages.block_size,
-            page_bytes=pages.layout.page_bytes,
+            page_bytes=pages.layout.stored_bytes,
             fingerprint=pages.layout.fingerprint,
             slice_index=0,
             pid=os.getpid(),

@@ -14,9 +14,10 @@ import pytest
 HERE = Path(__file__).resolve().parent
 
 # tests belong to no package, so there is no name to import their helpers by
-spec = importlib.util.spec_from_file_location("rig", HERE / "rig.py")
-sys.modules["rig"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["rig"])
+for name in ("rig", "house"):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 # how long an example takes depends on what else the machine does
 hypothesis.settings.register_profile("core", deadline=None)

@@ -8,6 +8,7 @@ from array import array
 
 import pytest
 import rig
+from house import House
 
 from lmcache.backends.memory import MemoryBackend
 from lmcache.core.engine import moves_for
@@ -17,8 +18,6 @@ from lmcache.core.service import memo as memo_module
 from lmcache.core.service import wire
 from lmcache.core.service.client import ServiceClient
 from lmcache.core.service.memo import ChainMemo
-from lmcache.core.service.server import Server
-from lmcache.core.service.service import Terms
 from lmcache.core.tier import Tier
 from lmcache.core.tiers import Tiers
 
@@ -84,48 +83,6 @@ class Engine:
         return [page for rank in self.ranks for page in rank.pages.wrong(sequence, table, stop)]
 
 
-class House:
-    """A server on a thread of its own."""
-
-    def __init__(self, decider, tiers, *, endpoint="tcp://127.0.0.1:*", **terms):
-        offered = {
-            "chunk_size": CHUNK,
-            "modes": ("engine_driven",),
-            "fetch_timeout_s": 2.0,
-            "lease_s": 60.0,
-            "release": "house",
-        }
-        self.decider = decider
-        self.server = Server(decider, tiers, Terms(**{**offered, **terms}), endpoint)
-        self.endpoint = self.server.endpoint
-        self._thread = threading.Thread(target=self.server.run)
-        self._thread.start()
-
-    def close(self):
-        self.server.stop()
-        self._thread.join()
-
-    def sessions(self):
-        return self.server.ask(lambda service: len(service.sessions))
-
-    def idle(self):
-        """Whether nothing at all is held."""
-
-        def look(service):
-            service.sweep()
-            held = [
-                session
-                for session in [*service.sessions.values(), *service.leaving]
-                if session.reserved
-                or session.hits
-                or session.waiting
-                or len(session.attachment.flights)
-            ]
-            return not held and len(service.decider.leases) == 0
-
-        return self.server.ask(look)
-
-
 @pytest.fixture
 def start(workshop):
     def start(*backends, slots=32, tiers=None, **terms):
@@ -133,7 +90,7 @@ def start(workshop):
         named = [Tier(f"t{i}", backend) for i, backend in enumerate(backends)]
         made_tiers = Tiers(decider, named, **(tiers or {}))
         workshop.later(made_tiers.close)
-        house = House(decider, made_tiers, **terms)
+        house = House(decider, made_tiers, **{"chunk_size": CHUNK, **terms})
         workshop.later(house.close)
         return house
 
@@ -268,6 +225,20 @@ class TestLeases:
         engine.client.release("r", hit)
         rig.wait_until(lambda: len(house.decider.leases) == 0)
 
+    @pytest.mark.parametrize("heard", [False, True], ids=["on its way", "here already"])
+    def test_an_answer_nobody_asked_for_again_is_given_back(self, house, join, heard):
+        engine = join(house)
+        sequence = rig.tokens(CHUNK)
+        engine.compute(sequence, range(4))
+        engine.store(sequence, range(4))
+        chain, link = engine.chain(sequence), engine.client._link
+        engine.client._ask("hung up", chain, CHUNK)
+        if heard:
+            number = engine.client._lookups["hung up"].number
+            rig.wait_until(lambda: link.look() and link._asked[number])
+        engine.client.release("hung up", None)
+        rig.wait_until(lambda: engine.client.is_whole() and house.idle())
+
     def test_what_is_cancelled_is_free(self, house, join):
         engine = join(house)
         slots, _ = engine.client.reserve(
@@ -293,7 +264,7 @@ class TestLeases:
     def test_a_promise_outlives_the_deadline(self, workshop, join):
         clock = rig.Clock()
         decider = workshop.decider(8, clock=clock, lease_s=5.0)
-        house = House(decider, Tiers(decider, []))
+        house = House(decider, Tiers(decider, []), chunk_size=CHUNK)
         workshop.later(house.close)
         engine = join(house)
         sequence = rig.tokens(CHUNK)

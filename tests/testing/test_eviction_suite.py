@@ -175,20 +175,19 @@ class Copies(Queue):
         return iter(list(self.order))
 
 
-class HoldsOnToTheTwiceUsed(Queue):
-    """Lets go of nobody who was used exactly twice."""
+class HoldsOnToTheUsed(Queue):
+    """Lets go of nobody who was ever used."""
 
     def __init__(self):
         super().__init__()
-        self.uses = {}
+        self.used = set()
 
     def touch(self, entry):
-        self.uses[entry] = self.uses.get(entry, 0) + 1
+        self.used.add(entry)
 
     def remove(self, entry, *, evicted):
-        if evicted and self.uses.pop(entry, 0) == 2:
-            return
-        super().remove(entry, evicted=evicted)
+        if not evicted or entry not in self.used:
+            super().remove(entry, evicted=evicted)
 
 
 BROKEN = {
@@ -207,7 +206,7 @@ BROKEN = {
     SharesItsQueue: "test_policies_share_nothing",
     Searches: "test_the_first_victim_is_found_without_a_search",
     Copies: "test_the_first_victim_is_found_without_a_copy",
-    HoldsOnToTheTwiceUsed: "test_any_history_leaves_the_residents_known",
+    HoldsOnToTheUsed: "test_any_history_leaves_the_residents_known",
 }
 
 MODULE = """

@@ -18,13 +18,18 @@ from typing import Any
 
 import pytest
 
+from lmcache.core.decider import Decider
+from lmcache.core.eviction.lru import LRUPolicy
+from lmcache.core.slab import CONTROL_BYTES, Slab
+from lmcache.core.tiers import Tiers
+
 HERE = Path(__file__).resolve().parent
 
 
-def load(name: str) -> ModuleType:
-    """Import a helper of this folder, which belongs to no package, as `fake_<name>`."""
+def load(name: str, folder: Path = HERE) -> ModuleType:
+    """Import a helper of a test folder, which belongs to no package, as `fake_<name>`."""
     full = f"fake_{name}"
-    spec = importlib.util.spec_from_file_location(full, HERE / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(full, folder / f"{name}.py")
     module = sys.modules[full] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -62,6 +67,26 @@ def make_engine(rig: ModuleType, base_config: Any) -> Iterator[Callable[..., Any
     yield make
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture
+def make_house() -> Iterator[Callable[..., Any]]:
+    """Makes a server with room for so many bytes of slots; all end with the test."""
+    house = load("house", HERE.parents[1] / "core")
+    made = []
+
+    def make(room_bytes: int = 4 << 20, **terms: Any) -> Any:
+        slab = Slab.create(CONTROL_BYTES + room_bytes)
+        decider = Decider(slab, LRUPolicy())
+        tiers = Tiers(decider, [])
+        made.append((house.House(decider, tiers, **{"chunk_size": 16, **terms}), tiers, slab))
+        return made[-1][0]
+
+    yield make
+    for running, tiers, slab in made:
+        running.close()
+        tiers.close()
+        slab.close()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from fake_codes import continuation
-from fake_runner import WRONG_TOKEN, Rank, Runner, wrapper_in
+from fake_runner import WRONG_TOKEN, Rank, Runner, impl_of
 from vllm import SamplingParams
 from vllm.config import (
     CacheConfig,
@@ -42,7 +42,7 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -130,6 +130,8 @@ class Engine:
         mla: bool = False,
         layout: str = "LBHNC",
         spec: Any = None,
+        windows: Sequence[int | None] = (None,) * LAYERS,
+        house: Any = None,
         connector: dict[str, Any] | None = None,
         asynchronous: bool = False,
         second_runner: bool = False,
@@ -140,8 +142,10 @@ class Engine:
         only_rank: int | None = None,
     ) -> None:
         """`room_bytes` are for slots; `options` are our configuration, `extra` the rest of
-        `kv_connector_extra_config`.
+        `kv_connector_extra_config`. `windows` say for each layer how far back it looks. With
+        `house`, the cache is that server's.
         """
+        self.house = house
         self.mla = mla
         self._numbers = range(ranks) if only_rank is None else [only_rank]
         self.finished: dict[str, str] = {}
@@ -165,6 +169,14 @@ class Engine:
             },
             **(connector or {}),  # instead of ours alone
         }
+        if house:
+            transfer["kv_connector"] = "LMCacheMPConnector"
+            transfer["kv_connector_extra_config"] = {
+                "lmcache.mp.port": int(house.endpoint.rpartition(":")[2]),
+                "lmcache.mp.heartbeat_interval": 0.05,
+                **{f"lmcache.{key}": value for key, value in (options or {}).items()},
+                **(extra or {}),
+            }
         self.config = config = copy.copy(base)
         config.model_config = copy.copy(base.model_config)
         if mla:
@@ -178,17 +190,24 @@ class Engine:
         config.scheduler_config.max_num_batched_tokens = budget
         config.scheduler_config.async_scheduling = asynchronous
         config.scheduler_config.policy = scheduling
+        config.scheduler_config.disable_hybrid_kv_cache_manager = house is None
         config.parallel_config = copy.copy(base.parallel_config)
         config.parallel_config.tensor_parallel_size = ranks
         config.parallel_config.world_size = ranks
         config.kv_transfer_config = KVTransferConfig(**transfer)
         config.compilation_config = copy.copy(base.compilation_config)
-        names = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
+        names = [f"model.layers.{i}.self_attn.attn" for i in range(len(windows))]
         config.compilation_config.static_forward_context = dict.fromkeys(names, Layer())
-        [self.kv_config] = get_kv_cache_configs(
-            config, [dict.fromkeys(names, spec or _spec(mla))], [1 << 30]
-        )
-        self.runner = Runner([], PAGE)
+        specs = {
+            name: spec or _spec(mla, window) for name, window in zip(names, windows, strict=True)
+        }
+        [self.kv_config] = get_kv_cache_configs(config, [specs], [1 << 30])
+        groups = [
+            [names.index(name) for name in group.layer_names]
+            for group in self.kv_config.kv_cache_groups
+        ]
+        self.runner = Runner([], PAGE, groups)
+        self.runner.windows = [windows[layers[0]] for layers in groups]
         if with_workers:
             self.start_workers()
         scheduler_class = AsyncScheduler if asynchronous else Scheduler
@@ -223,7 +242,7 @@ class Engine:
     @property
     def impl(self) -> Any:
         """Our connector where vLLM schedules."""
-        return wrapper_in(self.scheduler.connector)._lmcache_engine
+        return impl_of(self.scheduler.connector)
 
     @property
     def side(self) -> Any:
@@ -235,8 +254,12 @@ class Engine:
         return self.side._joining.current()
 
     @property
+    def decider(self) -> Any:
+        return self.house.decider if self.house else self.cache.decider
+
+    @property
     def counters(self) -> Any:
-        return self.cache.decider.counters
+        return self.decider.counters
 
     @property
     def ranks(self) -> list[Rank]:
@@ -327,7 +350,8 @@ class Engine:
             if not self.scheduler.requests:
                 self.drain()
                 return count
-            self.step()
+            if not self.step().total_num_scheduled_tokens:
+                time.sleep(0.001)  # something is being fetched or loaded
         raise AssertionError(f"requests {list(self.scheduler.requests)} do not end")
 
     def drain(self) -> None:
@@ -364,7 +388,9 @@ class Engine:
         assert not self.scheduler.requests
         assert not self.side._tracked
         assert not self.side._promises
-        if not self.cache:
+        if self.house:
+            self.house.wait_idle()
+        if not self.cache or self.house:
             return
         decider = self.cache.decider
         assert [lease.owner for lease in decider.leases] == []
@@ -380,6 +406,8 @@ class Engine:
             request, found = self.requests[name], self.outputs[name]
             assert WRONG_TOKEN not in found, name
             assert found == continuation(request.prompt_token_ids, len(found), **shown), name
+        if self.house:
+            assert not any(self.runner.wrong), "requests wait until their pages are there"
         self.runner.check_wrong(2 if self.asynchronous else 1)
 
     def close(self) -> None:
@@ -394,7 +422,15 @@ def step_in(metadata: Any) -> Any:
     return next(part for part in parts if hasattr(part, "stores"))
 
 
-def _spec(mla: bool) -> Any:
+def _spec(mla: bool, window: int | None) -> Any:
+    if window is not None:
+        return SlidingWindowSpec(
+            block_size=PAGE,
+            num_kv_heads=HEADS,
+            head_size=HEAD_SIZE,
+            dtype=torch.bfloat16,
+            sliding_window=window,
+        )
     if mla:
         return MLAAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=8, dtype=torch.bfloat16)
     return FullAttentionSpec(

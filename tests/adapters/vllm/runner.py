@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -32,7 +33,8 @@ class Sequence:
 
     tokens: list[int]
     prompt: int
-    pages: list[int]
+    tables: list[list[int]]
+    """Its pages, by cache group."""
     codes: Codes
     read_wrong: bool = False
     """Some rank attended to a wrong page in this layer."""
@@ -46,24 +48,33 @@ def wrapper_in(connector: Any) -> Any:
     return next(part for part in parts if hasattr(part, "_lmcache_engine"))
 
 
+def impl_of(connector: Any) -> Any:
+    """Our connector, which vLLM may have wrapped."""
+    return connector if hasattr(connector, "count_error") else wrapper_in(connector)._lmcache_engine
+
+
 class Rank:
     """One worker: its connector and its pages."""
 
     def __init__(self, number: int, connector: Any, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Give every page a content that no model would."""
         self.number = number
         self.connector = connector
         self.kv_caches = kv_caches
         self.code_rank = number
         """Ranks that hold the same bytes share it."""
-        # every layer as words: (pages, heads, tokens, words)
-        self.layers = [tensor.view(torch.int64).numpy() for tensor in kv_caches.values()]
         for layer in self.layers:
             layer[:] = np.uint64(int.from_bytes(bytes([GARBAGE]) * 8, "little")).astype(np.int64)
 
     @property
+    def layers(self) -> list[np.ndarray]:
+        """Every layer as words: (pages, heads, tokens, words). What is lent moves once."""
+        return [tensor.view(torch.int64).numpy() for tensor in self.kv_caches.values()]
+
+    @property
     def impl(self) -> Any:
         """Our connector inside vLLM's wrapper."""
-        return wrapper_in(self.connector)._lmcache_engine
+        return impl_of(self.connector)
 
     @property
     def side(self) -> Any:
@@ -87,9 +98,15 @@ class Rank:
 class Runner:
     """Runs the steps of vLLM's scheduler on all ranks of one engine."""
 
-    def __init__(self, ranks: list[Rank], page_tokens: int) -> None:
+    def __init__(self, ranks: list[Rank], page_tokens: int, groups: list[list[int]]) -> None:
         self.ranks = ranks
         self.page_tokens = page_tokens
+        self.group_of = {layer: i for i, layers in enumerate(groups) for layer in layers}
+        """The cache group of each layer, by number."""
+        self.windows: list[int | None] = [None] * len(groups)
+        """How far back each group looks."""
+        self.received: dict[int, set[str]] = defaultdict(set)
+        """Requests that got their loads outside the batch, by rank, and not on all ranks yet."""
         self.sequences: dict[str, Sequence] = {}
         self.loads = "late"
         """`early`: as up to 0.28, before every forward pass; `late`: as since 0.29."""
@@ -99,6 +116,10 @@ class Runner:
         """The step crosses a process boundary."""
         self.drafter = False
         """Errors are asked for before stores are finished, as with speculative decoding."""
+        self.failed: set[str] = set()
+        """Of those, the ones that did not get all of it."""
+        self.refused: set[str] = set()
+        """All that ever were."""
         self.invalid: list[set[int]] = []
         """Pages reported in each step."""
         self.wrong: list[dict[str, set[int]]] = []
@@ -127,7 +148,10 @@ class Runner:
             ]
             lora = new.lora_request.lora_name if new.lora_request else ""
             self.sequences[new.req_id] = Sequence(
-                tokens, len(new.prompt_token_ids), list(new.block_ids[0]), Codes(lora, images)
+                tokens,
+                len(new.prompt_token_ids),
+                [list(ids) for ids in new.block_ids],
+                Codes(lora, images),
             )
             before[new.req_id] = new.num_computed_tokens
         cached = scheduled.scheduled_cached_reqs
@@ -135,10 +159,11 @@ class Runner:
             sequence = self.sequences[request_id]
             fresh = cached.new_block_ids[i]
             if request_id in cached.resumed_req_ids:
-                sequence.pages = list(fresh[0])
+                sequence.tables = [list(ids) for ids in fresh]
                 sequence.tokens = list(cached.all_token_ids.get(request_id, sequence.tokens))
             elif fresh:
-                sequence.pages += fresh[0]
+                for table, ids in zip(sequence.tables, fresh, strict=True):
+                    table.extend(ids)
             del sequence.tokens[sequence.prompt + cached.num_output_tokens[i] :]
             before[request_id] = cached.num_computed_tokens[i]
         return before
@@ -202,7 +227,7 @@ class Runner:
             connector.start_load_kv(context)
         if not self.drafter and not (idle and self.loads == "early"):
             connector.wait_for_save()
-        assert connector.get_finished(scheduled.finished_req_ids) == (None, None)
+        self._hear(rank, connector.get_transfer_results(scheduled.finished_req_ids), output)
         output.invalid_block_ids |= connector.get_block_ids_with_load_errors()
         if events := connector.get_kv_connector_kv_cache_events():
             self.events.append(copy.copy(events))
@@ -210,9 +235,25 @@ class Runner:
             connector.wait_for_save()
         connector.clear_connector_metadata()
 
+    def _hear(self, rank: Rank, results: Any, output: KVConnectorOutput) -> None:
+        """Loads outside the batch have ended when they have on every rank."""
+        assert not results.finished_sending
+        assert results.failed_recving <= results.finished_recving
+        self.received[rank.number] |= results.finished_recving
+        self.failed |= results.failed_recving
+        self.refused |= results.failed_recving
+        everywhere = set.intersection(*(self.received[rank.number] for rank in self.ranks))
+        for names in self.received.values():
+            names.difference_update(everywhere)
+        output.finished_recving = (output.finished_recving or set()) | everywhere
+        output.failed_recving = (output.failed_recving or set()) | (self.failed & everywhere)
+        self.failed -= everywhere
+
     def _attend(self, rank: Rank, layer: int, before: dict, after: dict) -> None:
         """Write the new tokens of all requests, then read everything each of them attends to."""
         cache, size = rank.layers[layer], self.page_tokens
+        group = self.group_of[layer]
+        window = self.windows[group]
         _, heads, _, per_head = cache.shape
         for name, stop in after.items():
             sequence, start = self.sequences[name], before[name]
@@ -222,12 +263,12 @@ class Runner:
             if sequence.poisoned:
                 new = ~new
             positions = np.arange(start, stop)
-            pages = np.array(sequence.pages)[positions // size]
+            pages = np.array(sequence.tables[group])[positions // size]
             assert 0 not in pages, f"{name} writes to vLLM's null page"
             cache[pages, :, positions % size, :] = new
         for name, stop in after.items():
             sequence = self.sequences[name]
-            pages = sequence.pages[: -(-stop // size)]
+            pages = sequence.tables[group][: -(-stop // size)]
             expected = words(
                 sequence.codes.upto(sequence.tokens)[:stop],
                 layer,
@@ -236,6 +277,8 @@ class Runner:
                 per_head,
             ).astype(np.int64)
             same = (rank.content(layer, pages)[:stop] == expected).all(axis=(1, 2))
+            if window is not None:  # the first token of the step looks back furthest
+                same[: max(0, before[name] + 1 - window)] = True
             if not same.all():
                 bad = {pages[position // size] for position in np.flatnonzero(~same)}
                 self.wrong[-1].setdefault(name, set()).update(bad)

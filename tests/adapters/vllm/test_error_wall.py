@@ -304,7 +304,7 @@ def test_a_layout_nobody_knows_switches_the_cache_off(make_engine, lines, rig):
     engine = make_engine(spec=spec)
     engine.generate("a", range(60), max_tokens=5)
     assert len(lines.about("LMCache is off for this engine")) == 1
-    assert "SlidingWindowSpec" in lines.about("LMCache is off")[0]
+    assert "LMCacheMPConnector" in lines.about("LMCache is off")[0]
     assert len(lines.errors) == 1
     assert engine.cache is None
     assert engine.ranks[0].impl.errors == 0

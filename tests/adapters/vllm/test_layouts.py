@@ -62,7 +62,12 @@ class MLAAttentionSpec(FullAttentionSpec): ...
 
 
 @dataclass
-class SlidingWindowSpec(FullAttentionSpec): ...
+class SlidingWindowSpec(FullAttentionSpec):
+    sliding_window: int = 8
+
+
+@dataclass
+class ChunkedLocalAttentionSpec(FullAttentionSpec): ...
 
 
 @dataclass
@@ -71,17 +76,24 @@ class UniformTypeKVCacheSpecs(FullAttentionSpec):
 
 
 def cache_config(pages=PAGES, spec=None, groups=1):
-    group = SimpleNamespace(kv_cache_spec=spec or FullAttentionSpec())
-    return SimpleNamespace(num_blocks=pages, kv_cache_groups=[group] * groups)
+    return grouped(*[(spec or FullAttentionSpec(), [])] * groups, pages=pages)
+
+
+def grouped(*groups, pages=PAGES):
+    """vLLM's account of cache groups: a spec and the names of layers for each."""
+    made = [SimpleNamespace(kv_cache_spec=spec, layer_names=names) for spec, names in groups]
+    return SimpleNamespace(num_blocks=pages, kv_cache_groups=made)
 
 
 @pytest.fixture
 def layout_of(rig):
+    from lmcache.adapters.vllm.groups import groups_of
     from lmcache.adapters.vllm.translate import layout_of
 
     def call(kv_caches, backend, version, config=None):
         backends = dict.fromkeys(kv_caches, backend)
-        return layout_of(kv_caches, backends, config or cache_config(), version)
+        config = config or cache_config()
+        return layout_of(kv_caches, backends, config, groups_of(config), version)
 
     return call
 
@@ -245,6 +257,27 @@ def test_page_sizes_do_not_share(layout_of):
     assert len(found) == 2
 
 
+def test_groups_share_only_with_groups_like_them(layout_of):
+    """Those that look equally far, and whose layers lie in the same places."""
+    tensors = {name: torch.zeros((PAGES, 2, TOKENS, SIZE)) for name in "ab"}
+    kv_caches = {"0": tensors["a"], "1": tensors["b"], "2": tensors["a"], "3": tensors["b"]}
+    whole, near, far = FullAttentionSpec(), SlidingWindowSpec(), SlidingWindowSpec(sliding_window=9)
+    plans = [
+        [(whole, ["0", "1"]), (near, ["2", "3"])],
+        [(whole, ["0", "1"]), (far, ["2", "3"])],
+        [(near, ["0", "1"]), (whole, ["2", "3"])],
+        [(whole, ["0", "3"]), (near, ["2", "1"])],
+        [(whole, ["0", "1", "2", "3"])],
+        [(near, ["0", "1", "2", "3"])],
+        [(whole, ["0", "1"]), (whole, ["2", "3"])],
+    ]
+    layouts = [layout_of(kv_caches, "FLASH_ATTN", "0.32.0", grouped(*plan)) for plan in plans]
+    assert len({layout.fingerprint for layout in layouts}) == len(plans)
+    assert [layout.groups for layout in layouts] == [2, 2, 2, 2, 1, 1, 2]
+    page = 2 * 2 * TOKENS * SIZE * 4
+    assert [layout.stored_bytes for layout in layouts] == [2 * page] * 4 + [page] * 2 + [2 * page]
+
+
 # --- refusals
 
 
@@ -286,10 +319,22 @@ def test_tensors_whose_first_axis_counts_something_else_are_refused(layout_of, r
         layout_of({"layer.0": tensor}, "ROCM_ATTN", version)
 
 
-@pytest.mark.parametrize("groups", [0, 2, 3])
-def test_several_cache_groups_are_refused(layout_of, refused, groups):
-    with refused(f"{groups} KV cache groups"):
-        layout_of(TENSOR, "FLASH_ATTN", "0.32.0", cache_config(groups=groups))
+def test_no_cache_group_is_refused(layout_of, refused):
+    with refused(r"pages of \[\] tokens"):
+        layout_of(TENSOR, "FLASH_ATTN", "0.32.0", cache_config(groups=0))
+
+
+def test_cache_groups_with_pages_of_several_sizes_are_refused(layout_of, refused):
+    config = grouped((FullAttentionSpec(), []), (FullAttentionSpec(2 * TOKENS), []))
+    with refused(rf"pages of \[{TOKENS}, {2 * TOKENS}\] tokens"):
+        layout_of(TENSOR, "FLASH_ATTN", "0.32.0", config)
+
+
+def test_a_group_that_looks_back_differently_far_is_refused(layout_of, refused):
+    for other in (FullAttentionSpec(), SlidingWindowSpec(sliding_window=9)):
+        spec = uniform(SlidingWindowSpec(sliding_window=8), other)
+        with refused("look back differently far"):
+            layout_of(TENSOR, "FLASH_ATTN", "0.32.0", cache_config(spec=spec))
 
 
 def test_layers_that_disagree_on_their_pages_are_refused(layout_of, refused):
@@ -310,8 +355,9 @@ def test_repeated_memory_is_refused(layout_of, refused):
 
 
 def test_caches_that_forget_pages_are_refused(layout_of, refused):
-    for spec in (SlidingWindowSpec(), uniform(FullAttentionSpec(), SlidingWindowSpec())):
-        with refused("SlidingWindowSpec does not keep every page"):
+    local = ChunkedLocalAttentionSpec()
+    for spec in (local, uniform(FullAttentionSpec(), local)):
+        with refused("ChunkedLocalAttentionSpec does not keep the pages"):
             layout_of(TENSOR, "FLASH_ATTN", "0.32.0", cache_config(spec=spec))
     for spec in (MLAAttentionSpec(), uniform(FullAttentionSpec(), MLAAttentionSpec())):
         assert layout_of(TENSOR, "FLASH_ATTN", "0.32.0", cache_config(spec=spec))
@@ -332,7 +378,6 @@ def test_vllms_own_specs(layout_of, refused, rig):
     for spec in kept:
         assert layout_of(TENSOR, "FLASH_ATTN", "0.32.0", cache_config(spec=spec)).page_tokens == 4
     others = [
-        specs.SlidingWindowSpec(**plain, sliding_window=8),
         specs.ChunkedLocalAttentionSpec(**plain, attention_chunk_size=8),
         specs.RSWASpec(**plain, rswa_window=8),
         specs.SlidingWindowMLASpec(**plain, sliding_window=8),

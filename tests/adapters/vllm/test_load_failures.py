@@ -51,7 +51,7 @@ def test_what_was_not_loaded_is_computed(engine, broken):
     break_chunks(engine, *broken)
     engine.add("warm", range(60), max_tokens=4)
     engine.step()
-    table = engine.runner.sequences["warm"].pages
+    table = engine.runner.sequences["warm"].tables[0]
     bad = {page for chunk in broken for page in table[chunk * 4 : chunk * 4 + 4]}
     assert engine.runner.invalid[-1] == bad
     scheduled = engine.step()

@@ -245,7 +245,7 @@ def test_a_layer_that_is_not_asked_for_is_loaded_all_the_same(make_engine):
     engine.add("warm", range(60), max_tokens=2)
     scheduled = engine.schedule()
     engine.runner.execute(scheduled)
-    pages = engine.runner.sequences["warm"].pages[:12]
+    pages = engine.runner.sequences["warm"].tables[0][:12]
     codes = engine.runner.sequences["warm"].codes.upto(range(48))
     for layer in (0, 1):
         assert (engine.ranks[0].content(layer, pages) == expected(codes, layer)).all()
