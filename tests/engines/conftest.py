@@ -36,6 +36,15 @@ def model_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def hybrid_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of several cache groups, as a checkpoint folder."""
+    pytest.importorskip("transformers")
+    hybrid = harness.import_file(HERE / "hybrid.py")
+    made: Path = hybrid.make_model(model_dir, tmp_path_factory.mktemp("hybrid"))
+    return made
+
+
+@pytest.fixture(scope="session")
 def vllm_log(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     """A new log file's path per call; skips where there is no vLLM."""
     if not os.environ.get(harness.VLLM_PATH) and importlib.util.find_spec("vllm") is None:

@@ -292,6 +292,41 @@ class TestLending:
             server.wait_idle()
 
 
+TELLS_REQUESTS = (0, 30)
+"""The vLLM that asks which requests failed; before it, a model of several groups has no cache."""
+PROMPTS = [story(n, 900) + ending for n in (1, 2) for ending in ("", " at", " never")]
+
+
+@pytest.fixture(scope="module")
+def hybrid(hybrid_dir):
+    """How to start an engine whose layers look back differently far."""
+    model = {"model": str(hybrid_dir), "dtype": "float32", "max_num_batched_tokens": 1000}
+    return {**model, "one_process": True}
+
+
+@pytest.fixture(scope="module")
+def hybrid_truth(start_engine, hybrid):
+    with start_engine(**hybrid) as engine:
+        answers = [ask(engine, prompt).token_ids for prompt in PROMPTS]
+    assert len(set(map(tuple, answers))) == len(answers), "it does not read its prompts"
+    return answers
+
+
+@pytest.mark.parametrize("mode", ["engine_driven", "lmcache_driven"])
+def test_several_cache_groups(start_engine, start_server, hybrid, hybrid_truth, mode):
+    server = start_server("--l1-size-gb", "0.5", "--supported-transfer-mode", "auto")
+    transfer = server.transfer(mp_transfer_mode=mode)
+    with start_engine(**hybrid, kv_transfer_config=transfer) as engine:
+        major, minor, *_ = engine.stats()["version"].split(".")
+        has_cache = (int(major), int(minor)) >= TELLS_REQUESTS
+        cold = [ask(engine, prompt) for prompt in PROMPTS]
+        warm = engine.generate(PROMPTS, max_tokens=12)
+        assert [answer.token_ids for answer in cold + warm] == hybrid_truth * 2
+        assert all((answer.num_cached_tokens > 500) == has_cache for answer in warm)
+        assert cold[0].num_cached_tokens == 0
+        server.wait_idle()
+
+
 def test_an_engine_starts_a_server_of_its_own(start_engine):
     port, http = free_port(), free_port()
     args = f"--l1-size-gb 0.5 --http-port {http}"
