@@ -230,7 +230,12 @@ class ServiceClient(CacheClient):
             weakref.finalize(chain, self._ended.append, sequence.number).atexit = False
         if sequence.known >= stop:
             return sequence.number, None
-        tokens = array("I", chain.tokens[sequence.known : stop])
+        fresh = chain.tokens[sequence.known : stop]
+        tokens = array("I")
+        if isinstance(fresh, list):
+            tokens.fromlist(fresh)  # in half the time of `extend`
+        else:
+            tokens.extend(fresh)
         if sys.byteorder == "big":
             tokens.byteswap()
         more = wire.More(

@@ -36,6 +36,8 @@ LOOK_S = 2.0
 """How long a request waits for the thread that serves the engines."""
 BODY_BYTES = 16 << 20
 """What a request may be at most: a prompt of a million tokens, generously spaced."""
+MAX_OPEN = 100
+"""Connections and requests at a time; more are answered 503."""
 OPEN_PATHS = ("/healthcheck", "/readyz")
 """What nobody needs a token for."""
 _TOO_LONG = 413
@@ -185,6 +187,7 @@ class HttpServer:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((host, port))
+            self._socket.listen()  # who comes before `start` waits, and is not turned away
         except OSError as error:
             self._socket.close()
             raise ServiceError(f"cannot listen on {host}:{port}: {error}") from error
@@ -194,7 +197,9 @@ class HttpServer:
 
     def start(self, app: FastAPI) -> None:
         """Answer from now on."""
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", limit_concurrency=MAX_OPEN
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="lmcache-http"

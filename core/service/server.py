@@ -50,6 +50,7 @@ class Server:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
+        self._socket.setsockopt(zmq.RCVHWM, BURST)  # of one peer; peers take turns
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # an engine that connects anew is the same
         try:
             self._socket.bind(endpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import os
 import signal
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from lmcache.core.config import Config
 
 logger = init_logger(__name__)
+
+KEPT_BYTES = 32 << 20
+"""The largest message; so much of each arena may stay with us."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 TRANSFER_MODES = ("engine_driven", "lmcache_driven")
 
@@ -74,6 +79,7 @@ def is_loopback(host: str) -> bool:
 def serve(config: Config, offers: Offers, binding: Binding) -> None:
     """Serve until SIGTERM or SIGINT. Raises `LMCacheError` for what cannot be set up."""
     binding.check()
+    _keep_freed_memory()
     with ExitStack() as stack:
         decider, tiers = assemble(config, offers)
         stack.callback(decider.slab.close)
@@ -112,6 +118,14 @@ def serve(config: Config, offers: Offers, binding: Binding) -> None:
             threading.Thread(target=_stop_at_eof, args=(server,), daemon=True).start()
         server.run()
         logger.info("Stopped")
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed: for a long prompt the kernel would take longer than we do."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _stop_at_eof(server: Server) -> None:

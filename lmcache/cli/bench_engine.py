@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 import lmcache
@@ -84,7 +83,7 @@ class BenchEngine:
     def chain(self, number: int, length: int) -> KeyChain:
         """A prompt that shares no chunk with those of other numbers."""
         geometry = self.client.geometry
-        tokens = array("I", [number, *[FILLER] * (length - 1)])
+        tokens = [number, *[FILLER] * (length - 1)]  # a list, as engines have it
         return KeyChain(
             root_key(self._namespace, Identity()),
             tokens,

@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import threading
+from contextlib import ExitStack
 
 import msgspec
 import pytest
@@ -478,6 +479,15 @@ def test_the_schema_lists_every_path(house):
         "/clear": ["post"],
     }
     assert schema["info"] == {"title": "LMCache", "version": "house"}
+
+
+def test_too_many_at_a_time_are_sent_away(house):
+    """And the server is itself again when they have gone."""
+    with ExitStack() as stack:
+        for _ in range(service_http.MAX_OPEN):
+            stack.enter_context(socket.create_connection(("127.0.0.1", house.http.port)))
+        rig.wait_until(lambda: house.get("/healthcheck")[0] == 503)
+    rig.wait_until(lambda: house.get("/healthcheck")[0] == 200)
 
 
 def test_a_port_that_is_taken_is_named(house):

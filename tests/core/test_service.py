@@ -8,6 +8,7 @@ from array import array
 
 import pytest
 import rig
+import zmq
 from house import House
 
 from lmcache.backends.memory import MemoryBackend
@@ -407,6 +408,42 @@ class TestMemo:
         memo.complete(rig.chain(array("I", rig.tokens(2 * CHUNK, 11))))
         assert len(memo._chains) == 1
         assert memo._tokens == 2 * CHUNK
+
+
+class TestFloods:
+    def test_peers_take_turns(self, house, join):
+        """Whoever sends without an end, and reads nothing, holds up nobody else."""
+        engine = join(house)
+        sequence = rig.tokens(2 * CHUNK)
+        engine.compute(sequence, range(8))
+        frame = wire.encode(wire.Call(1, 0, wire.Ping()))
+        sent, is_over = [], threading.Event()
+
+        def flood():
+            with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+                sock.setsockopt(zmq.LINGER, 0)
+                sock.connect(house.endpoint)
+                while not is_over.is_set():
+                    if sock.poll(10, zmq.POLLOUT):
+                        sock.send(frame, zmq.NOBLOCK)
+                        sent.append(1)
+
+        floods = [threading.Thread(target=flood) for _ in range(3)]
+        for thread in floods:
+            thread.start()
+        try:
+            rig.wait_until(lambda: len(sent) > 5000)
+            before = len(sent)
+            for number in range(20):
+                assert engine.store(rig.tokens(CHUNK, number), range(4)) is Reason.NONE
+            rig.wait_until(lambda: len(sent) > before)
+            assert engine.store(sequence, range(8)) is Reason.NONE
+            hit, failed = engine.load(sequence, range(8, 16))
+            assert (hit.tokens, failed) == (2 * CHUNK, [])
+        finally:
+            is_over.set()
+            for thread in floods:
+                thread.join()
 
 
 class TestErrorsOfOurOwn:

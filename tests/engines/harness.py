@@ -19,6 +19,7 @@ import importlib.util
 import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -53,6 +54,10 @@ ENVIRONMENT = {
 LONGEST_LINE = 1 << 28
 LOG_TAIL = 40
 
+LINE = (
+    "The keeper of lighthouse number {} wrote down the wind, the tide and every ship that passed. "
+)
+
 Prompt = str | Sequence[int] | dict[str, Any]
 
 
@@ -74,6 +79,23 @@ class Completion:
     ttft_s: float | None
     """From the request's submission to its first token, as a streaming client sees it."""
     kv_transfer_params: dict[str, Any] | None
+
+
+def story(number: int, tokens: int) -> str:
+    """Distinct text of about `tokens` tokens; the same for the same arguments."""
+    rng = random.Random(number)
+    lines = [f"Log {number}. "]
+    while sum(map(len, lines)) < tokens * 4:
+        lines.append(LINE.format(rng.randrange(1000)))
+    return "".join(lines) + "In short, the keeper was"
+
+
+def free_port() -> int:
+    """A port that nobody has at the moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
 
 
 # --- the parent's half ----------------------------------------------------------------------------

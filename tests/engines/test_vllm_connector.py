@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from harness import free_port, story
 
 pytestmark = pytest.mark.engine
 
@@ -21,24 +21,6 @@ TRANSFER = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "lmcache-sqlite"
 PAGE = 128
 CHUNK = 256
-LINE = (
-    "The keeper of lighthouse number {} wrote down the wind, the tide and every ship that passed. "
-)
-
-
-def story(number, tokens):
-    """Distinct text of about `tokens` tokens; the same for the same arguments."""
-    rng = random.Random(number)
-    lines = [f"Log {number}. "]
-    while sum(map(len, lines)) < tokens * 4:
-        lines.append(LINE.format(rng.randrange(1000)))
-    return "".join(lines) + "In short, the keeper was"
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def metrics(port):

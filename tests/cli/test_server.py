@@ -1,0 +1,280 @@
+"""`lmcache server` as a process: what it opens, what it refuses, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from lmcache.cli.server import _url_of
+from lmcache.core.errors import ConfigError, ServiceError
+from lmcache.core.service import wire
+from lmcache.core.service.link import Link
+
+SERVING = re.compile(r"Serving engines at (\S+), people at (http://\S+?):(\d+):")
+PATIENCE_S = 30
+TOKEN = "geheim-ß"
+EVERYWHERE = "0.0.0.0"  # noqa: S104
+
+
+class Process:
+    """A server with ports of its own choice."""
+
+    def __init__(self, *options, **environment):
+        ports = ["--port", "0", "--http-port", "0", "--l1-size-gb", "0.05"]
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("LMCACHE_")}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lmcache", "server", *ports, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**clean, "NO_COLOR": "1", "COLUMNS": "400", **environment},
+        )
+        self.pid = self._process.pid
+        self.said = ""
+
+    def wait_serving(self):
+        for line in self._process.stdout:
+            self.said += line
+            if found := SERVING.search(line):
+                self.endpoint = found[1].replace(EVERYWHERE, "127.0.0.1")
+                self.url = f"{found[2].replace(EVERYWHERE, '127.0.0.1')}:{found[3]}"
+                return self
+        raise AssertionError(self.said)
+
+    def wait(self):
+        """Its exit status; what it said is in `said`."""
+        try:
+            rest, _ = self._process.communicate(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
+        self.said += rest
+        return self._process.returncode
+
+    def send(self, number):
+        self._process.send_signal(number)
+
+    def close_stdin(self):
+        self._process.stdin.close()
+        self._process.stdin = None
+
+    def get(self, path, token=None, body=None):
+        """The status of an answer."""
+        request = urllib.request.Request(f"{self.url}/{path}", body)  # noqa: S310
+        if body:
+            request.add_header("Content-Type", "application/json")
+        if token:
+            request.add_header("Authorization", f"Bearer {token}".encode().decode("latin-1"))
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:  # noqa: S310
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def attach(self, token=""):
+        """What an engine without workers is told."""
+        link = Link(self.endpoint)
+        about = wire.Attach(release="test", engine="nobody's", name="test", movers=1, token=token)
+        try:
+            return link.call(about, PATIENCE_S)
+        finally:
+            link.close()
+
+    def end(self):
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe:
+                pipe.close()
+
+
+@pytest.fixture
+def start():
+    started = []
+
+    def start(*options, **environment):
+        started.append(Process(*options, **environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.end()
+
+
+def inodes(pid):
+    """The sockets of a process."""
+    found = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        target = os.readlink(f"/proc/{pid}/fd/{name}")
+        if match := re.fullmatch(r"socket:\[(\d+)\]", target):
+            found.add(match[1])
+    return found
+
+
+def listening(pid):
+    """Address and port of every TCP or UDP socket of a process that takes what comes."""
+    own, found = inodes(pid), []
+    for kind, wanted in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
+        for line in Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == wanted and inode in own:
+                host, port = local.split(":")
+                family = socket.AF_INET6 if kind.endswith("6") else socket.AF_INET
+                words = struct.unpack(f">{len(host) // 8}I", bytes.fromhex(host))
+                packed = struct.pack(f"={len(words)}I", *words)
+                found.append((socket.inet_ntop(family, packed), int(port, 16)))
+    return sorted(found)
+
+
+def named_unix_sockets(pid):
+    own = inodes(pid)
+    lines = Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]
+    return [line.split()[7] for line in lines if len(line.split()) > 7 and line.split()[6] in own]
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+@linux
+class TestPorts:
+    def test_two_on_loopback_and_no_other(self, start):
+        server = start().wait_serving()
+        ports = sorted(int(url.rpartition(":")[2]) for url in (server.endpoint, server.url))
+        assert listening(server.pid) == [("127.0.0.1", port) for port in ports]
+        assert named_unix_sockets(server.pid) == []
+
+    def test_the_scan_sees_what_is_open_to_others(self, start):
+        server = start("--host", EVERYWHERE, "--http-host", "::", "--insecure")
+        server.wait_serving()
+        assert [host for host, _ in listening(server.pid)] == [EVERYWHERE, "::"]
+
+
+class TestWideBinds:
+    @pytest.mark.parametrize("option", ["--host", "--http-host"])
+    @pytest.mark.parametrize("host", [EVERYWHERE, "::", "192.0.2.1", "example.org"])
+    def test_refused_without_a_token(self, start, option, host):
+        server = start(option, host)
+        assert server.wait() == 2
+        assert f"{host} can be reached from other machines: set LMCACHE_TOKEN" in server.said
+        assert "Serving" not in server.said
+        assert "Traceback" not in server.said
+
+    def test_with_a_token_nobody_gets_in_without_it(self, start):
+        server = start("--host", EVERYWHERE, "--http-host", EVERYWHERE, LMCACHE_TOKEN=TOKEN)
+        server.wait_serving()
+        for path in ("metrics", "status", "leases", "openapi.json", "docs"):
+            assert server.get(path) == 401
+            assert server.get(path, "another") == 401
+            assert server.get(path, TOKEN) == 200
+        assert server.get("clear", body=b"{}") == 401
+        assert server.get("clear", TOKEN, b"{}") == 200
+        assert [server.get(path) for path in ("healthcheck", "readyz")] == [200, 200]
+        for wrong in ("", "another"):
+            refused = server.attach(wrong)
+            assert isinstance(refused, wire.Refused)
+            assert "token" in refused.why
+        late = server.attach(TOKEN)  # let in, and then there is nobody to visit
+        assert isinstance(late, wire.Refused)
+        assert "token" not in late.why
+        assert TOKEN not in server.said
+
+    def test_a_token_on_loopback_counts_too(self, start):
+        server = start(LMCACHE_TOKEN=TOKEN).wait_serving()
+        assert server.get("status") == 401
+        assert server.get("status", TOKEN) == 200
+
+
+class TestTheEnd:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_by_a_signal(self, start, number):
+        server = start().wait_serving()
+        server.send(number)
+        assert server.wait() == 0
+        assert "Stopped" in server.said
+        assert "Traceback" not in server.said
+
+    def test_with_its_standard_input(self, start):
+        server = start("--while-stdin").wait_serving()
+        server.close_stdin()
+        assert server.wait() == 0
+
+    @linux
+    def test_nothing_stays_behind_a_kill(self, start, tmp_path):
+        def names():
+            return {str(path) for place in ("/dev/shm", "/tmp") for path in Path(place).iterdir()}
+
+        before = names()
+        server = start(TMPDIR=str(tmp_path)).wait_serving()
+        server.send(signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+        assert not [name for name in names() - before if "lmcache" in name.lower()]
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            (["--supported-transfer-mode", "telepathy"], "expected auto or engine_driven or"),
+            (["--eviction-policy", "LRUU"], "LRU"),
+            (["--chunk-size", "0"], "chunk_size"),
+            (["--l1-size-gb", "0"], "max_local_cpu_size"),
+            (["--l2", "nowhere://x"], "nowhere"),
+            (["--l2-adapter", "{}"], "no JSON object with a type"),
+            (["--host", "not a host"], "not a host"),
+        ],
+    )
+    def test_one_line_names_it(self, start, options, text):
+        server = start(*options)
+        assert server.wait() == 2
+        assert text in server.said
+        assert "Traceback" not in server.said
+
+    @pytest.mark.parametrize("option", ["--port", "--http-port"])
+    def test_a_port_that_is_taken(self, start, option):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            server = start(option, str(port))
+            assert server.wait() == 2
+        assert "cannot listen on" in server.said
+        assert str(port) in server.said
+
+    def test_engines_do_not_find_what_is_not_there(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+        with pytest.raises(ServiceError, match="no server listens"):
+            Link(f"tcp://127.0.0.1:{port}")
+
+
+class TestTiersAsUpstreamWritesThem:
+    def test_a_folder(self):
+        about = {"type": "fs", "base_path": "/var/kv", "max_capacity_gb": 12, "num_workers": 4}
+        assert _url_of(json.dumps(about)) == "file:///var/kv?max_size=12GB"
+
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [
+            ("fs", "no JSON object"),
+            ("[]", "no JSON object"),
+            ('{"base_path": "/x"}', "with a type"),
+            ('{"type": "nixl"}', "'nixl' is not known"),
+            ('{"type": "fs", "base_path": "/x"}', "needs 'max_capacity_gb'"),
+            ('{"type": "fs", "base_path": "/x", "max_capacity_gb": 1, "colour": 1}', "colour"),
+        ],
+    )
+    def test_mistakes_are_named(self, text, why):
+        with pytest.raises(ConfigError, match=re.escape(why)):
+            _url_of(text)
