@@ -141,12 +141,12 @@ class Decider:
         try:
             self._expire()
             entries, reason = self._walk(chain, stop)
-            slots = [self._index.slot(entry, chunk) for chunk, entry in enumerate(entries)]
+            slots = self._index.leading_slots(entries)
             lease = self.lease(owner, entries) if entries else None
         finally:
             self.lock.release()
-        tokens = sum(slot.pages for slot in slots) * geometry.page_tokens
-        size = sum(slot.pages for slot in slots) * geometry.page_bytes
+        pages = sum(slot.pages for slot in slots)
+        tokens, size = pages * geometry.page_tokens, pages * geometry.page_bytes
         spent = (time.perf_counter() - started) * 1e3
         return Hit(slots, lease, Receipt(tokens, stop, reason, {"l1": tokens}, size, spent))
 
@@ -179,9 +179,10 @@ class Decider:
 
     def lease(self, owner: str, entries: list[int]) -> Lease:
         """Keep complete entries in place. The last ones become the first to be evicted later."""
+        pins, touch = self._index.pins, self._policy.touch
         for entry in reversed(entries):
-            self._index.pins[entry] += 1
-            self._policy.touch(entry)
+            pins[entry] += 1
+            touch(entry)
         lease = Lease(owner, list(entries), self._clock() + self._lease_s)
         self.leases.add(lease)
         return lease

@@ -7,12 +7,13 @@ more than the chunks are worth.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, NamedTuple
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmcache.core.keys import ChunkKey  # noqa: TC001 - read where slots are decoded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 ABSENT = -1
 
@@ -95,6 +96,14 @@ class Index:
             self.pages[entry],
             chunk,
         )
+
+    def leading_slots(self, entries: list[int]) -> list[Slot]:
+        """The slots of entries that are the first chunks of some sequence."""
+        if len(entries) < 2:  # noqa: PLR2004  (of which `itemgetter` makes no tuple)
+            return [self.slot(entry, chunk) for chunk, entry in enumerate(entries)]
+        of: Callable[[Any], tuple[Any, ...]] = itemgetter(*entries)
+        columns = (self.keys, self.offset, self.size, self.generation, self.pages)
+        return list(map(Slot._make, zip(*map(of, columns), range(len(entries)), strict=True)))
 
     def remove(self, entry: int) -> ChunkKey:
         """Forget an entry, whose number may be given out again."""

@@ -83,8 +83,19 @@ class LinkedLists:
 
     def move(self, number: int, item: int) -> None:
         """Make `item`, which is on some list, the newest of list `number`."""
-        self.remove(item)
-        self.push(number, item)
+        newest, newer = self._newest[number], self._newer[item]
+        if self._owner[item] != number + 1 or newer == NONE:
+            self.remove(item)
+            self.push(number, item)
+            return
+        older = self._older[item]  # in place: this is what every chunk of every hit costs
+        if older == NONE:
+            self._oldest[number] = newer
+        else:
+            self._newer[older] = newer
+        self._older[newer], self._newer[newest] = older, item
+        self._older[item], self._newer[item] = newest, NONE
+        self._newest[number] = item
 
     def after(self, number: int, item: int = NONE) -> int:
         """The next newer item of list `number`: the oldest after NONE, NONE after the newest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import ipaddress
 import os
 import signal
@@ -80,6 +81,7 @@ def serve(config: Config, offers: Offers, binding: Binding) -> None:
     """Serve until SIGTERM or SIGINT. Raises `LMCacheError` for what cannot be set up."""
     binding.check()
     _keep_freed_memory()
+    gc.freeze()  # what has been imported stays, and need not be looked at again and again
     with ExitStack() as stack:
         decider, tiers = assemble(config, offers)
         stack.callback(decider.slab.close)

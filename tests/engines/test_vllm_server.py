@@ -147,7 +147,12 @@ def test_a_second_engine_loads_what_the_first_computed(start_engine, start_serve
         assert warm.num_cached_tokens > 1000
         assert cold.num_cached_tokens == 0
     server.wait(lambda status: not status["engines"])
-    with start_engine(kv_transfer_config=transfer) as engine:
+    offloading = {
+        "kv_offloading_backend": "lmcache",
+        "kv_offloading_size": 1,
+    }  # names the connector
+    transfer = {key: value for key, value in transfer.items() if key.startswith("kv_connector_")}
+    with start_engine(kv_transfer_config=transfer, **offloading) as engine:
         other = ask(engine, prompt)
         assert other.token_ids == cold.token_ids
         assert other.num_cached_tokens == warm.num_cached_tokens
