@@ -20,12 +20,12 @@ demo: ## See a long document being reused by a real vLLM, with numbers and a cha
 	$(SAY) "Asking questions about long documents, with and without LMCache (a few minutes)"
 	$(BIN)/python examples/long_document_qa.py
 
-test: ## Run all tests, those with a real vLLM included (15 minutes on two cores)
+test: ## Run all tests, those with a real vLLM included (25 minutes on two cores)
 	@$(SETUP) test
 	$(SAY) "Running all tests (20 minutes on two cores; a real vLLM starts many times)"
 	$(BIN)/python -m pytest $(ARGS)
 
-test-engines: ## Run the tests with a real vLLM for several versions of it (10 minutes each)
+test-engines: ## Run the tests with a real vLLM for several versions of it (15 minutes each)
 	@$(SETUP) test
 	@for version in $(OLD_VLLMS); do $(SETUP) engine $$version || exit; done
 	@failed=; for version in $(OLD_VLLMS); do \

@@ -347,18 +347,18 @@ def test_a_server_that_starts_again_has_what_its_tier_kept(
         server.wait_idle()
 
 
-def test_ranks_share_what_a_request_has(start_engine, start_server):
-    """Two workers, each with its slice of every page; a rank that dies is not the server's end."""
+def test_each_rank_has_its_slice(start_engine, start_server, hybrid):
     server = start_server("--l1-size-gb", "0.5")
-    options = {"tensor_parallel_size": 2, "dtype": "float32", "distributed_executor_backend": "mp"}
-    prompt = story(1, 900)
-    with start_engine(kv_transfer_config=server.transfer(), **options) as engine:
-        cold, warm = ask(engine, prompt), ask(engine, prompt)
+    options = {**hybrid, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    options |= {"one_process": False, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
+    with start_engine(**options, kv_transfer_config=server.transfer()) as engine:
+        major, minor, *_ = engine.stats()["version"].split(".")
+        cold, warm = ask(engine, PROMPTS[0]), ask(engine, PROMPTS[0])
         assert warm.token_ids == cold.token_ids
-        assert cold.num_cached_tokens == 0
-        assert warm.num_cached_tokens > 700
-        [attached] = server.wait_idle()["engines"]
-        assert attached["movers"] == 2
+        if (int(major), int(minor)) >= TELLS_REQUESTS:
+            assert (cold.num_cached_tokens, warm.num_cached_tokens > 500) == (0, True)
+            [attached] = server.wait_idle()["engines"]
+            assert attached["movers"] == 2
     server.wait(lambda status: not status["engines"] and not status["leaving"])
 
 
