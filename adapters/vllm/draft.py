@@ -90,11 +90,14 @@ class Draft:
         The first `before` of them were computed before this step.
         """
         cache, request = self.cache, tracked.request
-        if not self._groups.keep_all:  # what ended earlier may have lost pages that it needs
+        if not self._groups.keep_all:
+            # what ended earlier may have lost pages that whoever continues from there looks at;
+            # vLLM takes none away for the sake of tokens whose step has not come back yet
+            before -= getattr(request, "num_in_flight_tokens", 0)
             tracked.done = max(tracked.done, before - before % cache.geometry.chunk_tokens)
+            if stop <= before:
+                return
         start = tracked.done
-        if start >= stop:
-            return
         slots, reason = cache.reserve(tracked.chain, start, stop, tail=tail)
         self._stored.extend(slots)
         tracked.done = stop

@@ -198,7 +198,7 @@ class HttpServer:
     def start(self, app: FastAPI) -> None:
         """Answer from now on."""
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", limit_concurrency=MAX_OPEN
+            app, log_config=None, access_log=False, lifespan="off", limit_concurrency=MAX_OPEN + 1
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from lmcache.core.slab import CONTROL_BYTES
+
 WINDOW = 12
 HYBRIDS = {
     "one of each": (WINDOW, None),
@@ -99,3 +101,43 @@ def test_the_engines_of_a_server_must_agree(make, make_house):
     assert second.generate("warm", range(100)) == 99
     for engine in (first, second):
         engine.check_text()
+
+
+def test_a_tail_whose_last_token_was_computed_earlier(make):
+    """A window that is no multiple of a page has left behind what is needed at the tail's end."""
+    engine = make((10, None), budget=45)
+    engine.generate("in pieces", range(47))
+    for length in (48, 60):
+        engine.generate(f"longer {length}", range(length))
+    engine.check_text()
+    engine.check_idle()
+
+
+def test_a_tail_that_is_missing_when_its_request_comes_back(make, make_house):
+    """By then the window has moved past all of it."""
+    engine = make((WINDOW, None), make_house(chunk_size=32), prefix_caching=True)
+    request = engine.add("a", range(44), max_tokens=40)
+    while request.num_tokens < 62:
+        engine.step()
+    engine.house.wait_idle()
+    engine.decider.clear()
+    free = engine.decider.slab.view[CONTROL_BYTES:]
+    free[:] = bytes([0xA5]) * len(free)
+    engine.scheduler.running.remove(request)
+    engine.scheduler._preempt_request(request, 0.0)
+    engine.run()
+    engine.scheduler.reset_prefix_cache()
+    engine.generate("its beginning", range(32))
+    engine.generate("like it", [*range(44), 7, 7, 7, 7])
+    engine.check_text()
+    engine.check_idle()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_generated_is_stored_too(make, ahead):
+    engine = make(asynchronous=ahead, options={"save_decode_cache": True})
+    engine.generate("a", range(40), max_tokens=60)
+    longer = [*range(40), *engine.outputs["a"]]
+    assert engine.generate("b", [*longer, 7, 7, 7]) == 96
+    engine.check_text()
+    engine.check_idle()
