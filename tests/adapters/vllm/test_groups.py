@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
-from lmcache.core.slab import CONTROL_BYTES
+import pytest
 
 WINDOW = 12
 HYBRIDS = {
@@ -113,24 +113,28 @@ def test_a_tail_whose_last_token_was_computed_earlier(make):
     engine.check_idle()
 
 
-def test_a_tail_that_is_missing_when_its_request_comes_back(make, make_house):
-    """By then the window has moved past all of it."""
-    engine = make((WINDOW, None), make_house(chunk_size=32), prefix_caching=True)
-    request = engine.add("a", range(44), max_tokens=40)
-    while request.num_tokens < 62:
-        engine.step()
-    engine.house.wait_idle()
-    engine.decider.clear()
-    free = engine.decider.slab.view[CONTROL_BYTES:]
-    free[:] = bytes([0xA5]) * len(free)
-    engine.scheduler.running.remove(request)
-    engine.scheduler._preempt_request(request, 0.0)
-    engine.run()
-    engine.scheduler.reset_prefix_cache()
-    engine.generate("its beginning", range(32))
-    engine.generate("like it", [*range(44), 7, 7, 7, 7])
-    engine.check_text()
-    engine.check_idle()
+@pytest.mark.parametrize(
+    ("before", "in_flight", "is_stored"),
+    [(280, 0, True), (287, 0, True), (288, 0, False), (432, 0, False), (288, 1, True)],
+)
+def test_nothing_is_stored_after_its_last_token(rig, before, in_flight, is_stored):
+    """A tail, say, that is missing when its request comes back, with the window far beyond it."""
+    from lmcache.adapters.vllm.draft import Draft, Tracked
+    from lmcache.adapters.vllm.groups import Groups
+    from lmcache.core.receipts import Reason
+
+    asked = []
+
+    def reserve(chain, start, stop, *, tail):
+        asked.append((start, stop, tail))
+        return [], Reason.NO_ROOM
+
+    geometry = SimpleNamespace(chunk_tokens=256, page_tokens=16)
+    cache = SimpleNamespace(geometry=geometry, number=1, reserve=reserve)
+    request = SimpleNamespace(request_id="a", num_in_flight_tokens=in_flight)
+    tracked = Tracked(request, None, may_load=True, may_store=True, done=256)
+    Draft(cache, Groups((128, None)), events=False).store(tracked, before, 288, tail=True)
+    assert asked == ([(256, 288, True)] if is_stored else [])
 
 
 @pytest.mark.parametrize("ahead", [False, True])
