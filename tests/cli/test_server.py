@@ -224,6 +224,19 @@ class TestTheEnd:
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("tiers", [[], ["--l2", "memory://?max_size=50MB"]])
+def test_bench_server_passes(start, tiers):
+    """With a slower tier, too, which has to be asked about what is nowhere."""
+    server = start(*tiers).wait_serving()
+    command = [sys.executable, "-m", "lmcache", "bench", "server", "--rpc-url", server.endpoint]
+    command += ["--url", server.url, "--mode", "cpu", "--num-tokens", "512", "--end", "3"]
+    command += ["--kvcache-shape-spec", "(2,64,16,2,16):float16:2", "--format", "json"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout)
+    assert (said["requests"], said["checksum_ok"], said["pass_rate"]) == (3, 3, 100.0)
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("options", "text"),
