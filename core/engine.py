@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import chain as joined
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -35,14 +36,7 @@ def moves_for(
 
     `pages` is the sequence's page table from its first token on.
     """
-    moves = []
-    for slot in slots:
-        start = slot.chunk * geometry.pages_per_chunk
-        low, high = max(start, first), min(start + slot.pages, stop)
-        if low < high:
-            table = [int(page) for page in pages[low:high]]
-            moves.append(Move(slot.offset, slot.generation, slot.pages, low - start, table))
-    return moves
+    return moves_for_groups(slots, geometry, [pages], first, stop)
 
 
 def moves_for_groups(
@@ -53,16 +47,19 @@ def moves_for_groups(
     stop: int,
 ) -> list[Move]:
     """Like `moves_for`, with a page table, which may have holes, for each cache group."""
-    if len(tables) == 1:
-        return moves_for(slots, geometry, tables[0], first, stop)
     moves = []
     for slot in slots:
         start = slot.chunk * geometry.pages_per_chunk
         low, high = max(start, first), min(start + slot.pages, stop)
-        if low < high:
-            before, after = [HOLE] * (low - start), [HOLE] * (start + slot.pages - high)
-            pages = [page for table in tables for page in (*before, *table[low:high], *after)]
-            moves.append(Move(slot.offset, slot.generation, slot.pages, 0, pages))
+        if low >= high:
+            continue
+        before, after = low - start, start + slot.pages - high
+        parts = [[int(page) for page in table[low:high]] for table in tables]
+        if len(parts) > 1:  # the next group's pages lie behind all of this one's
+            parts = [[HOLE] * before + part + [HOLE] * after for part in parts]
+            before = 0
+        pages = list(joined.from_iterable(parts))
+        moves.append(Move(slot.offset, slot.generation, slot.pages, before, pages))
     return moves
 
 

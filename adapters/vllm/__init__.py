@@ -3,7 +3,7 @@
 `connector` is what vLLM calls in-process, `mp_connector` what it calls with a server, and `hooks`
 what both have in common, behind the `wall` that keeps our errors from the engine. They pass to
 `scheduler` where vLLM schedules and to `worker` where the pages are; `step` is what travels between
-the two; `translate` turns vLLM's objects into ours.
+the two; `translate` turns vLLM's objects into ours, and `groups` its page tables.
 """
 
 from __future__ import annotations

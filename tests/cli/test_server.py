@@ -224,10 +224,10 @@ class TestTheEnd:
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("tiers", [[], ["--l2", "memory://?max_size=50MB"]])
-def test_bench_server_passes(start, tiers):
+@pytest.mark.parametrize("tier", ["", "file://{}/tier?max_size=50MB"])
+def test_bench_server_passes(start, tier, tmp_path):
     """With a slower tier, too, which has to be asked about what is nowhere."""
-    server = start(*tiers).wait_serving()
+    server = start(*(["--l2", tier.format(tmp_path)] if tier else [])).wait_serving()
     command = [sys.executable, "-m", "lmcache", "bench", "server", "--rpc-url", server.endpoint]
     command += ["--url", server.url, "--mode", "cpu", "--num-tokens", "512", "--end", "3"]
     command += ["--kvcache-shape-spec", "(2,64,16,2,16):float16:2", "--format", "json"]
