@@ -82,7 +82,7 @@ def bench(program: list[str], port: int, http: int, mode: str, requests: int, to
         output.unlink(missing_ok=True)
 
 
-def copies(requests: int = 24) -> dict[str, Any]:
+def copies(requests: int = 32) -> dict[str, Any]:
     """Store and retrieve of 268 MB in both modes, against one-thread memcpy in the same run."""
     figures: dict[str, Any] = {}
     for mode in MODES:

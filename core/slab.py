@@ -42,10 +42,13 @@ _MADV_POPULATE_WRITE = 23
 
 
 def populate(address: int, length: int) -> None:
-    """Have the kernel map a range of whole pages now. Releases the interpreter lock; a hint."""
+    """Have the kernel map the pages of a range now. Releases the interpreter lock; a hint."""
     if sys.platform == "linux":
+        first = address - address % mmap.PAGESIZE  # of another one it would map nothing
         _libc.madvise(
-            ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_int(_MADV_POPULATE_WRITE)
+            ctypes.c_void_p(first),
+            ctypes.c_size_t(address + length - first),
+            ctypes.c_int(_MADV_POPULATE_WRITE),
         )
 
 

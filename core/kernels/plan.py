@@ -55,6 +55,16 @@ class _Pages(NamedTuple):
     payload: Int64s
     spread: Int64s
     """What a region's share of one page is multiplied with, to find where its pages begin."""
+    stands_for: Int64s
+    """How many neighbouring pages each entry is."""
+
+    def joined(self) -> _Pages:
+        """The same pages, those that follow each other on both sides as one."""
+        follows = (np.diff(self.ids) == 1) & (np.diff(self.order) == 1)
+        follows &= np.diff(self.payload) == 0
+        heads = np.flatnonzero(np.concatenate(([True], ~follows)))
+        first = _Pages(*(column[heads] for column in self))
+        return first._replace(stands_for=np.add.reduceat(self.stands_for, heads))
 
 
 class _Shape:
@@ -71,6 +81,9 @@ class _Shape:
         self._step = _column(
             layout.page_bytes if layout.page_major else region.page_bytes for region in regions
         )
+        strides = np.concatenate((self._page_stride, self._step))
+        self.is_dense = self._runs.shape[2] == 1 and bool((strides == self.run_bytes).all())
+        """Whether neighbouring pages are one run."""
 
     def place(self, pages: _Pages, region: int | None = None) -> tuple[Int64s, Int64s, Int64s]:
         """Engine address, object address and length of every run of `pages`."""
@@ -78,8 +91,9 @@ class _Shape:
         engine = self._base[rows] + pages.ids * self._page_stride[rows]
         stored = pages.payload + self._start[rows] * pages.spread + pages.order * self._step[rows]
         inner = np.arange(self._runs.shape[2], dtype=np.int64) * self.run_bytes
-        placed = (engine[:, :, None] + self._runs[rows]).ravel()
-        return placed, (stored[:, :, None] + inner).ravel(), np.full_like(placed, self.run_bytes)
+        placed = engine[:, :, None] + self._runs[rows]
+        length = np.broadcast_to(pages.stands_for[:, None] * self.run_bytes, placed.shape)
+        return placed.ravel(), (stored[:, :, None] + inner).ravel(), length.ravel()
 
 
 class Planner:
@@ -99,8 +113,9 @@ class Planner:
         if not len(pages.ids):
             none = np.empty(0, dtype=np.int64)
             return Runs(none, none, none)
+        joined = pages.joined()
         pieces = [
-            shape.place(pages, region)
+            shape.place(joined if shape.is_dense else pages, region)
             for shape in self._shapes
             if region is None or region in shape.members
         ]
@@ -140,6 +155,7 @@ class Planner:
             np.fromiter(order, np.int64),
             np.repeat(np.array([span.payload for span in spans], np.int64), counts),
             np.repeat(np.array(spread, np.int64), counts),
+            np.ones(len(ids), np.int64),
         )
 
 

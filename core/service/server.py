@@ -29,8 +29,10 @@ logger = init_logger(__name__)
 Result = TypeVar("Result")
 
 SWEEP_S = 0.25
-EXPECT_S = 0.002
-"""How often is looked at what movers or slower tiers are to bring."""
+FETCH_S = 0.002
+"""How often is looked at what slower tiers are to bring."""
+LAND_S = 0.01
+"""How often, at what movers do: seldom, for it takes time from them, and lookups do it anyway."""
 BURST = 64
 """Messages that are served before anything else has its turn."""
 
@@ -67,8 +69,7 @@ class Server:
         swept = time.monotonic()
         try:
             while not self._stop.is_set():
-                wait = EXPECT_S if self.service.is_expecting() else SWEEP_S
-                ready = dict(poller.poll(int(wait * 1e3)))
+                ready = dict(poller.poll(int(self._patience_s() * 1e3)))
                 if self._wake_read.fileno() in ready:
                     self._drain_wakes()
                 if self._socket in ready:
@@ -115,6 +116,11 @@ class Server:
             raise TimeoutError("the serving thread is busy") from None
 
     # ----
+
+    def _patience_s(self) -> float:
+        if self.service.is_fetching():
+            return FETCH_S
+        return LAND_S if self.service.is_copying() else SWEEP_S
 
     def _serve_burst(self) -> None:
         for _ in range(BURST):

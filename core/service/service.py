@@ -244,9 +244,13 @@ class Service:
                 if frame := self._frame(number, found):
                     yield session.peer, frame
 
-    def is_expecting(self) -> bool:
-        """Whether a lookup waits for a slower tier, or a step for its movers."""
-        return any(s.waiting or len(s.attachment.flights) for s in self.sessions.values())
+    def is_fetching(self) -> bool:
+        """Whether a lookup waits for a slower tier."""
+        return any(session.waiting for session in self.sessions.values())
+
+    def is_copying(self) -> bool:
+        """Whether a step waits for its movers."""
+        return any(len(session.attachment.flights) for session in self.sessions.values())
 
     def settle(self) -> None:
         """Take note of the steps whose movers are done."""

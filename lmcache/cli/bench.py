@@ -73,8 +73,7 @@ def server(
         capacity = engine.client.about.capacity_bytes
     finally:
         engine.close()
-    size = needed * shapes[0].block_size * sum(shape.bytes_per_token for shape in shapes)
-    result = summarise(requests, size, capacity)
+    result = summarise(requests, needed * pages.block_bytes, capacity)
     result["config"] = {
         "rpc_url": rpc_url,
         "mode": mode,
@@ -106,9 +105,11 @@ def _run(
 ) -> list[dict[str, Any]]:
     """One record for each request; Ctrl-C ends them early."""
     records = []
+    plain = Plain(blocks * engine.pages.block_bytes)
     try:
         for number in numbers:
-            records.append(_request(engine, number, tokens, blocks))
+            record = _request(engine, number, tokens, blocks)
+            records.append({**record, "memcpy": plain.copy()})
             time.sleep(interval)
     except KeyboardInterrupt:
         print()
@@ -159,7 +160,8 @@ def summarise(requests: list[dict[str, Any]], size: int, capacity: int) -> dict[
         result[f"{name}_gb_s"] = _rate(size, times)
         result[f"first_pass_{name}_gb_s"] = _rate(size, times[:first_pass])
         result[f"steady_{name}_gb_s"] = _rate(size, times[first_pass:])
-    result["memcpy_gb_s"] = memcpy_gb_s(size)
+    copied = [request["memcpy"] for request in requests]
+    result["memcpy_gb_s"] = _rate(size, copied[first_pass:] or copied)
     return result
 
 
@@ -182,15 +184,17 @@ def _spread(values: list[float]) -> dict[str, float]:
     }
 
 
-def memcpy_gb_s(size: int, times: int = 7) -> float:
-    """What one thread copies of so many bytes in a second, between memory in use: the median."""
-    source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
-    spent = []
-    for _ in range(times):
+class Plain:
+    """One thread that copies as many bytes as a request has, between memory in use."""
+
+    def __init__(self, size: int) -> None:
+        self._source, self._target = np.ones(size, np.uint8), np.ones(size, np.uint8)
+
+    def copy(self) -> float:
+        """Seconds for one copy, made beside the copies it is compared with: speed drifts."""
         begun = time.perf_counter()
-        ctypes.memmove(target.ctypes.data, source.ctypes.data, size)
-        spent.append(time.perf_counter() - begun)
-    return size / statistics.median(spent) / 1e9
+        ctypes.memmove(self._target.ctypes.data, self._source.ctypes.data, self._source.nbytes)
+        return time.perf_counter() - begun
 
 
 def _terminal(result: dict[str, Any]) -> str:

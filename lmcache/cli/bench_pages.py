@@ -69,6 +69,7 @@ class BenchPages:
     def __init__(self, shapes: Sequence[Shape], *, lends: bool, seed: int = 42) -> None:
         """With `lends`, the memory can be handed to a server; that needs torch."""
         self.blocks, self.block_size = shapes[0].blocks, shapes[0].block_size
+        self.block_bytes = self.block_size * sum(shape.bytes_per_token for shape in shapes)
         self.lent: LentMemory | None = None
         self._arrays = self._lend(shapes) if lends else [_empty(shape) for shape in _each(shapes)]
         rng = np.random.default_rng(seed)

@@ -385,6 +385,15 @@ class TestWarming:
         warmer.close()
         slab.close()
 
+    def test_slots_that_end_within_a_page(self):
+        slab = Slab.create(8 << 20)
+        warmer = Warmer(slab)
+        for end in ((1 << 20) + 640, (3 << 20) + 1280, 5 << 20):
+            warmer.used(end)
+            rig.wait_until(lambda end=end: resident(slab) >= end + (1 << 20))
+        warmer.close()
+        slab.close()
+
     def test_a_small_slab_is_warm_at_once_and_no_further(self):
         slab = Slab.create(100_000)
         warmer = Warmer(slab)

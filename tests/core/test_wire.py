@@ -741,7 +741,7 @@ class TestService:
     def test_a_late_answer_to_nobody_is_not_sent(self):
         with Crowd(slower=True) as crowd:
             say(crowd, 0, 0, wire.Lookup(owner="a", sequence=1, stop=CHUNK, more=begun(CHUNK)))
-            rig.wait_until(lambda: crowd.settle() or not crowd.service.is_expecting())
+            rig.wait_until(lambda: crowd.settle() or not crowd.service.is_fetching())
             assert [type(a.body) for a in crowd.answered] == [wire.Attached]
 
     def test_no_more_slots_than_one_answer_can_hold(self, monkeypatch):
