@@ -148,6 +148,7 @@ class ServiceClient(CacheClient):
     def release(self, owner: str, hit: Hit | None) -> None:
         """Tell the server, if it knows of the owner."""
         self._end_lookup(owner)
+        self._forget()
         lease = hit.lease.number if hit and hit.lease else None
         if lease is not None or owner in self._owners:
             self._tell(wire.Release(owner, lease))
@@ -230,14 +231,7 @@ class ServiceClient(CacheClient):
             weakref.finalize(chain, self._ended.append, sequence.number).atexit = False
         if sequence.known >= stop:
             return sequence.number, None
-        fresh = chain.tokens[sequence.known : stop]
-        tokens = array("I")
-        if isinstance(fresh, list):
-            tokens.fromlist(fresh)  # in half the time of `extend`
-        else:
-            tokens.extend(fresh)
-        if sys.byteorder == "big":
-            tokens.byteswap()
+        tokens = _packed(chain.tokens, sequence.known, stop)
         more = wire.More(
             root=chain.root,
             shown=[wire.Shown(i.identifier, i.offset, i.length) for i in chain.inserts],
@@ -265,6 +259,18 @@ class ServiceClient(CacheClient):
             self._tell(wire.Cancel(loads=[answer.lease]))
         elif isinstance(answer, wire.Reserved) and answer.slots:
             self._tell(wire.Cancel(stores=[slot.generation for slot in answer.slots]))
+
+
+def _packed(tokens: Sequence[int], start: int, stop: int) -> array[int]:
+    packed = array("I")
+    if isinstance(tokens, list):  # half the time of `extend`, and a slice would cost as much again
+        packed.fromlist(tokens[start:] if start else tokens)
+        del packed[stop - start :]
+    else:
+        packed.extend(tokens[start:stop])
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed
 
 
 def _numbers(stores: Sequence[Slot], loads: Sequence[Hit]) -> tuple[list[int], list[int]]:

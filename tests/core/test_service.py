@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from array import array
+from functools import partial
 
 import pytest
 import rig
@@ -147,7 +148,12 @@ class TestSharing:
         hit, failed = engine.load(sequence, range(20), owner="other")
         assert (hit.tokens, failed) == (5 * CHUNK, [])
 
-    def test_a_sequence_nobody_holds_any_more_is_forgotten(self, house, join):
+    @pytest.mark.parametrize(
+        "later",
+        [lambda client: client.depart([], []), lambda client: client.release("r", None)],
+        ids=["with the next step", "when a request ends"],
+    )
+    def test_a_sequence_nobody_holds_any_more_is_forgotten(self, house, join, later):
         engine = join(house)
         chain = engine.chain(rig.tokens(CHUNK))
         engine.lookup(chain)
@@ -156,8 +162,25 @@ class TestSharing:
         )
         assert known() == [1]
         del chain
-        engine.client.depart([], [])
+        later(engine.client)
         rig.wait_until(lambda: known() == [0])
+
+    @pytest.mark.parametrize(
+        "kind", [list, tuple, partial(array, "I")], ids=["list", "tuple", "array"]
+    )
+    def test_tokens_of_any_sequence_type_are_told_as_far_as_asked(self, house, join, kind):
+        engine = join(house)
+        tokens = rig.tokens(3 * CHUNK)
+        chain = engine.chain(kind(tokens))
+        for stop in (CHUNK + 1, 2 * CHUNK + 3):
+            engine.client.reserve(chain, 0, stop, tail=False)
+            assert house.server.ask(
+                lambda service: [
+                    list(told.tokens)
+                    for session in service.sessions.values()
+                    for told in session.sequences.values()
+                ]
+            ) == [list(tokens[:stop])]
 
     def test_the_reason_of_a_miss_arrives(self, start, join):
         house = start(slots=2)
