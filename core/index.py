@@ -42,7 +42,7 @@ class Index:
         self.offset = array("q")
         self.size = array("q")
         self.generation = array("q")
-        self.pages = array("H")
+        self.pages = array("I")
         self.pins = array("I")
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
@@ -30,6 +31,21 @@ def workshop():
     made = sys.modules["rig"].Workshop()
     yield made
     made.close()
+
+
+@pytest.fixture
+def warnings():
+    """What is logged as a warning or worse, while the test runs."""
+    messages = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    handler = Handler(logging.WARNING)
+    logging.getLogger("lmcache").addHandler(handler)
+    yield messages
+    logging.getLogger("lmcache").removeHandler(handler)
 
 
 def descriptors():

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +71,6 @@ def write(directory: Path, text: str) -> dict[str, str]:
     path = directory / "lmcache.yaml"
     path.write_text(text)
     return {"LMCACHE_CONFIG_FILE": str(path)}
-
-
-@pytest.fixture
-def warnings() -> Iterator[list[str]]:
-    messages: list[str] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    handler = Handler(logging.WARNING)
-    logging.getLogger("lmcache").addHandler(handler)
-    yield messages
-    logging.getLogger("lmcache").removeHandler(handler)
 
 
 def refusal(extra: dict[str, Any] | None = None, env: dict[str, str] | None = None) -> str:

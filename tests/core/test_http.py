@@ -11,6 +11,7 @@ from contextlib import ExitStack
 import msgspec
 import pytest
 import rig
+from house import House
 
 from lmcache.backends.memory import MemoryBackend
 from lmcache.core.chain import KeyChain
@@ -22,8 +23,6 @@ from lmcache.core.service import http as service_http
 from lmcache.core.service import wire
 from lmcache.core.service.client import ServiceClient
 from lmcache.core.service.http import HttpServer, build_app
-from lmcache.core.service.server import Server
-from lmcache.core.service.service import Terms
 from lmcache.core.tier import Tier
 from lmcache.core.tiers import Tiers
 
@@ -40,26 +39,19 @@ GUARDED = [
 ]
 
 
-class House:
-    """A server that engines and people reach, both on threads of their own."""
+class OpenHouse(House):
+    """A server that people reach, too."""
 
     def __init__(self, workshop, *backends, slots=32, token="", is_loopback=True):
-        self.decider = workshop.decider(slots, lease_s=60.0)
-        tiers = Tiers(self.decider, [Tier(f"t{i}", backend) for i, backend in enumerate(backends)])
+        decider = workshop.decider(slots, lease_s=60.0)
+        tiers = Tiers(decider, [Tier(f"t{i}", backend) for i, backend in enumerate(backends)])
         workshop.later(tiers.close)
-        terms = Terms(CHUNK, ("engine_driven",), 2.0, 60.0, token=token, release="house")
-        self.server = Server(self.decider, tiers, terms, "tcp://127.0.0.1:*")
-        self._thread = threading.Thread(target=self.server.run)
-        self._thread.start()
+        super().__init__(decider, tiers, chunk_size=CHUNK, token=token)
         workshop.later(self.close)
         self.http = HttpServer("127.0.0.1", 0)
         workshop.later(self.http.close)
         self.http.start(build_app(self.server, token=token, is_loopback=is_loopback))
         rig.wait_until(self.answers)
-
-    def close(self):
-        self.server.stop()
-        self._thread.join()
 
     def answers(self):
         try:
@@ -147,7 +139,7 @@ class Engine:
 
 @pytest.fixture
 def build(workshop):
-    return lambda *backends, **options: House(workshop, *backends, **options)
+    return lambda *backends, **options: OpenHouse(workshop, *backends, **options)
 
 
 @pytest.fixture

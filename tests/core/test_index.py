@@ -31,6 +31,15 @@ def test_what_was_added_is_found():
         assert index.slot(entry, 7) == slot(number, chunk=7)
 
 
+@pytest.mark.parametrize("pages", [1, 2**16, 2**31])
+def test_chunks_of_any_number_of_pages(pages):
+    index = Index()
+    for _ in range(2):
+        entry = index.add(slot(1, pages=pages))
+        assert index.slot(entry, 0).pages == pages
+        index.remove(entry)
+
+
 def test_what_was_not_added_is_absent():
     index = Index()
     assert index.find(key(1)) == ABSENT

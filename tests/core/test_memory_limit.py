@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,20 +21,6 @@ def machine(root: Path, cgroup: str | None, files: dict[str, object]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{content}\n")
     return root
-
-
-@pytest.fixture
-def warnings() -> Iterator[list[str]]:
-    messages: list[str] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    handler = Handler(logging.WARNING)
-    logging.getLogger("lmcache").addHandler(handler)
-    yield messages
-    logging.getLogger("lmcache").removeHandler(handler)
 
 
 @pytest.mark.parametrize(

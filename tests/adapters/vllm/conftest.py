@@ -94,6 +94,18 @@ def engine(make_engine: Callable[..., Any]) -> Any:
     return make_engine()
 
 
+@pytest.fixture
+def full_engine(make_engine: Callable[..., Any]) -> Any:
+    """An engine with no room for another request, that has been asked to serve `waiting` too."""
+    engine = make_engine(pages=66)
+    engine.generate("cold", range(100))
+    engine.add("big", range(300, 500), max_tokens=12)
+    for _ in range(4):
+        engine.step()
+    engine.add("waiting", range(100))
+    return engine
+
+
 class Lines(logging.Handler):
     """The connector's log lines."""
 

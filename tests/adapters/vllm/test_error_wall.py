@@ -104,6 +104,20 @@ def test_attributes_may_be_set_from_outside(engine):
 # --- a scheduling side that raises
 
 
+def fail_first(side, hook, times):
+    """Have the first calls of a hook raise; returns a list that grows with every call."""
+    calls, real = [], getattr(side, hook)
+
+    def fail(*args, **kwargs):
+        calls.append(hook)
+        if len(calls) <= times:
+            raise RuntimeError("injected")
+        return real(*args, **kwargs)
+
+    setattr(side, hook, fail)
+    return calls
+
+
 @pytest.mark.parametrize("times", [1, 2, 3, 7])
 @pytest.mark.parametrize(
     "hook", ["matched_tokens", "allocated", "build", "finished", "_plan", "_hit", "_attached"]
@@ -111,19 +125,10 @@ def test_attributes_may_be_set_from_outside(engine):
 def test_a_scheduling_side_that_raises(engine, hook, times):
     engine.generate("cold", range(48))
     side = engine.side
-    calls, real = 0, getattr(side, hook)
-
-    def fail(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls <= times:
-            raise RuntimeError("injected")
-        return real(*args, **kwargs)
-
-    setattr(side, hook, fail)
+    calls = fail_first(side, hook, times)
     for number in range(5):
         engine.generate(str(number), [*range(48), *range(100, 100 + 10 * number)], max_tokens=3)
-    assert calls > 0
+    assert calls
     engine.check_text()
     assert not set(engine.finished.values()) - {"length"}
     if times < 3:
@@ -258,19 +263,10 @@ def test_a_worker_that_raises(make_engine, inside, times, layerwise):
     engine = make_engine(options={"use_layerwise": layerwise})
     engine.generate("cold", range(48))
     side = engine.ranks[0].side
-    calls, real = 0, getattr(side, inside)
-
-    def fail(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls <= times:
-            raise RuntimeError("injected")
-        return real(*args, **kwargs)
-
-    setattr(side, inside, fail)
+    calls = fail_first(side, inside, times)
     for number in range(4):
         engine.generate(str(number), [*range(48), *range(100, 120 + 10 * number)], max_tokens=3)
-    assert calls > 0
+    assert calls
     engine.check_text()
     delattr(side, inside)
     engine.generate("after", range(48))

@@ -210,13 +210,8 @@ def test_the_minimum_counts_what_vllm_lacks(make_engine):
 # --- repeated questions, ended requests
 
 
-def test_questions_repeat_until_there_is_room(make_engine, lines):
-    engine = make_engine(pages=66)
-    engine.generate("cold", range(100))
-    engine.add("big", range(300, 500), max_tokens=12)
-    for _ in range(4):
-        engine.step()
-    engine.add("waiting", range(100))
+def test_questions_repeat_until_there_is_room(full_engine, lines):
+    engine = full_engine
     for _ in range(5):
         assert "waiting" not in engine.step().num_scheduled_tokens
         assert [lease.owner for lease in engine.cache.decider.leases] == ["waiting"]
@@ -228,13 +223,8 @@ def test_questions_repeat_until_there_is_room(make_engine, lines):
     engine.check_idle()
 
 
-def test_an_abort_before_allocation_lets_go(make_engine):
-    engine = make_engine(pages=66)
-    engine.generate("cold", range(100))
-    engine.add("big", range(300, 500), max_tokens=12)
-    for _ in range(4):
-        engine.step()
-    engine.add("waiting", range(100))
+def test_an_abort_before_allocation_lets_go(full_engine):
+    engine = full_engine
     engine.step()
     assert len(engine.cache.decider.leases) == 1
     engine.abort("waiting")

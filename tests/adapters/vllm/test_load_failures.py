@@ -211,13 +211,8 @@ def test_a_lease_that_vllm_counts_on_does_not_expire(engine):
     engine.check_idle()
 
 
-def test_a_lease_that_expired_while_waiting_is_taken_anew(make_engine):
-    engine = make_engine(pages=66)
-    engine.generate("cold", range(100))
-    engine.add("big", range(300, 500), max_tokens=12)
-    for _ in range(4):
-        engine.step()
-    engine.add("waiting", range(100))
+def test_a_lease_that_expired_while_waiting_is_taken_anew(full_engine):
+    engine = full_engine
     engine.step()
     decider = engine.cache.decider
     real = decider._clock
