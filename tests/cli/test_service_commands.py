@@ -32,6 +32,7 @@ def load(name, path):
 
 
 rig = sys.modules.get("rig") or load("rig", "rig.py")
+sys.modules.get("house") or load("house", "house.py")
 scene = load("scene_of_http", "test_http.py")
 CHUNK = rig.CHUNK_TOKENS
 PROMPT = rig.tokens(2 * CHUNK)
@@ -96,12 +97,12 @@ def workshop():
 
 @pytest.fixture
 def house(workshop):
-    return scene.House(workshop)
+    return scene.OpenHouse(workshop)
 
 
 @pytest.fixture
 def secret_house(workshop):
-    return scene.House(workshop, token="geheim-ß")
+    return scene.OpenHouse(workshop, token="geheim-ß")
 
 
 @pytest.fixture
@@ -213,7 +214,7 @@ class TestDescribe:
         }
 
     def test_a_server_with_an_engine(self, workshop, answer, facts):
-        house = scene.House(workshop, MemoryBackend(), slots=8)
+        house = scene.OpenHouse(workshop, MemoryBackend(), slots=8)
         engine = scene.Engine(workshop, house, "the-engine")
         engine.store(PROMPT)
         engine.hold(PROMPT, "r")
