@@ -118,7 +118,10 @@ def inodes(pid):
     """The sockets of a process."""
     found = set()
     for name in os.listdir(f"/proc/{pid}/fd"):
-        target = os.readlink(f"/proc/{pid}/fd/{name}")
+        try:
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
+        except FileNotFoundError:  # closed meanwhile: no socket that stays open
+            continue
         if match := re.fullmatch(r"socket:\[(\d+)\]", target):
             found.add(match[1])
     return found
