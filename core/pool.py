@@ -54,7 +54,10 @@ class DaemonPool:
         """Wait for the jobs submitted so far; whether all have ended."""
         with self._lock:
             pending = set(self._pending)
-        return not wait(pending, timeout_s).not_done
+        ended, others = wait(pending, timeout_s)
+        with self._lock:  # waiters are woken before callbacks are called
+            self._pending -= ended
+        return not others
 
     def close(self) -> None:
         """Cancel the jobs that have not begun, and have the threads end after the one at hand."""

@@ -43,6 +43,21 @@ def test_every_job_runs_once(make_pool):
     assert len(pool) == 0
 
 
+def test_what_was_waited_for_has_ended(gate):
+    class Slow(DaemonPool):
+        def _forget(self, future):
+            gate.wait(10)
+            super()._forget(future)
+
+    pool = Slow(1, "pool")
+    pool.submit(int)
+    assert pool.wait(10)
+    assert len(pool) == 0
+    gate.set()
+    pool.close()
+    pool.join()
+
+
 def test_as_many_at_once_as_there_are_threads(make_pool):
     together = threading.Barrier(3)
     pool = make_pool(3)
