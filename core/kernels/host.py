@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
@@ -77,7 +78,9 @@ class HostCopier:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._cores = os.sched_getaffinity(os.getpid()) if hasattr(os, "sched_getaffinity") else ()
+        can_choose = hasattr(os, "sched_getaffinity")
+        self._cores = os.sched_getaffinity(os.getpid()) if can_choose else set()
+        self._helpers: list[int] = []
         self._pool = ThreadPoolExecutor(
             max(threads - 1, 1), "lmcache-copy", initializer=self._spread
         )
@@ -85,10 +88,12 @@ class HostCopier:
     def copy(self, destination: Int64s, source: Int64s, length: Int64s) -> None:
         """Copy run i from `source[i]` to `destination[i]`; done when this returns."""
         destination, source, length = _cut(destination, source, length)
-        shared = length.sum() >= PARALLEL_BYTES and len(length) >= self._threads
         runs = iter(range(len(length)))  # each is taken by whoever is free
         work = partial(_copy_each, runs, destination.tolist(), source.tolist(), length.tolist())
-        others = [self._pool.submit(work) for _ in range(self._threads - 1 if shared else 0)]
+        others = []
+        if length.sum() >= PARALLEL_BYTES and len(length) >= self._threads:
+            self._keep_off_this_core()
+            others = [self._pool.submit(work) for _ in range(self._threads - 1)]
         work()
         for other in others:
             other.result()
@@ -99,5 +104,13 @@ class HostCopier:
 
     def _spread(self) -> None:
         # engines pin their main thread to one core, and a new thread inherits that
+        self._helpers.append(threading.get_native_id())
         if self._cores:
             os.sched_setaffinity(0, self._cores)
+
+    def _keep_off_this_core(self) -> None:
+        # of two busy cores the kernel often chose ours, and moved the thread milliseconds later
+        if len(self._cores) > 1:
+            others = self._cores - {_libc.sched_getcpu()}
+            for thread in self._helpers:
+                os.sched_setaffinity(thread, others)

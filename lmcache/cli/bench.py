@@ -160,6 +160,8 @@ def summarise(requests: list[dict[str, Any]], size: int, capacity: int) -> dict[
         result[f"{name}_gb_s"] = _rate(size, times)
         result[f"first_pass_{name}_gb_s"] = _rate(size, times[:first_pass])
         result[f"steady_{name}_gb_s"] = _rate(size, times[first_pass:])
+        ratios = [r["memcpy"] / r[operation] for r in requests[first_pass:] or requests]
+        result[f"{name}_over_memcpy"] = statistics.median(ratios) if ratios else 0.0
     copied = [request["memcpy"] for request in requests]
     result["memcpy_gb_s"] = _rate(size, copied[first_pass:] or copied)
     return result

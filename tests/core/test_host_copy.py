@@ -112,7 +112,7 @@ def test_source_and_destination_may_overlap():
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_threads_do_not_stay_on_the_core_of_their_maker(always_parallel):
+def test_threads_use_other_cores_than_the_one_that_asks(always_parallel):
     """Engines pin their main thread after the copier is made, and its threads come later."""
     cores = os.sched_getaffinity(0)
     copier = HostCopier(2)
@@ -121,6 +121,8 @@ def test_threads_do_not_stay_on_the_core_of_their_maker(always_parallel):
         check(copier, [1000] * 10)
         [thread] = [t for t in threading.enumerate() if t.name.startswith("lmcache-copy")]
         assert os.sched_getaffinity(thread.native_id) == cores
+        check(copier, [1000] * 10)
+        assert os.sched_getaffinity(thread.native_id) == cores - {min(cores)}
     finally:
         os.sched_setaffinity(0, cores)
         copier.close()
