@@ -20,6 +20,7 @@ from lmcache.core.chain import KeyChain
 from lmcache.core.decider import Decider
 from lmcache.core.engine import CacheEngine, moves_for
 from lmcache.core.geometry import Geometry
+from lmcache.core.kernels.plan import Planner, Span
 from lmcache.core.keys import ChunkKey, Identity, Namespace, root_key
 from lmcache.core.layout import PageLayout, region_of
 from lmcache.core.slab import CONTROL_BYTES, Slab
@@ -94,6 +95,46 @@ def copies() -> dict[str, Any]:
         "store_ratio": plain / store,
         "load_ratio": plain / load,
     }
+
+
+def plans() -> dict[str, Any]:
+    """Planning about 100,000 runs, in milliseconds, and per run in microseconds."""
+    rng = random.Random(0)
+    slot = 64 << 20
+    pools = {  # pages, tokens in each, tensors, shape and strides of one in elements, chunks
+        "token pools": (100_000, 1, 64, (100_000, 8, 128), (1024, 128, 1), 6),
+        "K and V together": (20_000, 16, 32, (20_000, 16, 8, 256), (32768, 2048, 256, 1), 196),
+        "K and V apart": (
+            *(20_000, 16, 32, (2, 20_000, 16, 8, 128)),
+            *((20_000 * 16384, 16384, 1024, 128, 1), 98),
+        ),
+    }
+    rows = {}
+    for name, (pages, tokens, tensors, shape, strides, chunks) in pools.items():
+        regions = [
+            region_of(
+                f"{name} {index}",
+                (1 << 44) + (index << 36),
+                shape,
+                strides,
+                itemsize=2,
+                dtype="bfloat16",
+                page_axis=len(shape) - 4 if len(shape) > 4 else 0,
+            )
+            for index in range(tensors)
+        ]
+        planner = Planner(PageLayout(tuple(regions), tokens, name))
+        per_chunk = 256 // tokens
+        ids = rng.sample(range(pages), chunks * per_chunk)
+        spans = [
+            Span(index * slot, per_chunk, 0, ids[index * per_chunk : (index + 1) * per_chunk])
+            for index in range(chunks)
+        ]
+        runs = len(planner.plan(spans).length)
+        spent = _best(lambda p=planner, s=spans: p.plan(s))  # type: ignore[misc]
+        rows[name] = {"runs": runs, "plan_ms": spent * 1e3, "us_per_run": spent / runs * 1e6}
+    assert all(row["runs"] > 95_000 for row in rows.values()), "too few runs to speak of"
+    return rows
 
 
 def lookups() -> dict[str, Any]:

@@ -44,6 +44,8 @@ def main() -> None:
     if "copies" in wanted:
         results["copies"] = core_costs.copies()
         show("copy path against memcpy of the same bytes", results["copies"])
+        results["plans"] = core_costs.plans()
+        show("planning 100,000 runs", results["plans"])
     if "lookups" in wanted:
         results["lookups"] = core_costs.lookups()
         show("lookup of a prompt that is all stored, milliseconds", results["lookups"])

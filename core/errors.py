@@ -4,6 +4,7 @@
   x ConfigError        the configuration cannot be honoured; raised before memory is allocated
   x PluginError        a plugin cannot be loaded, or two plugins claim one name
   x LayoutError        the engine's KV layout is not one we can copy safely
+  x DeviceError        a GPU or its driver did not do what it was asked for
   x HandoverError      the processes of one engine could not agree on a shared slab
   x ServiceError       the cache server cannot be reached, or is not understood
   x BackendError       a storage backend failed; the tier counts it and answers "miss"
@@ -28,6 +29,10 @@ class PluginError(LMCacheError):
 
 class LayoutError(LMCacheError):
     """The engine's KV layout is not one we know how to copy."""
+
+
+class DeviceError(LMCacheError):
+    """A GPU or its driver did not do what it was asked for."""
 
 
 class HandoverError(LMCacheError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -46,7 +47,7 @@ class Runs:
         return int(self.length.sum())
 
 
-class _Pages(NamedTuple):
+class Pages(NamedTuple):
     """The pages of all spans, one after the other."""
 
     ids: Int64s
@@ -58,42 +59,56 @@ class _Pages(NamedTuple):
     stands_for: Int64s
     """How many neighbouring pages each entry is."""
 
-    def joined(self) -> _Pages:
+    def joined(self) -> Pages:
         """The same pages, those that follow each other on both sides as one."""
         follows = (np.diff(self.ids) == 1) & (np.diff(self.order) == 1)
         follows &= np.diff(self.payload) == 0
         heads = np.flatnonzero(np.concatenate(([True], ~follows)))
-        first = _Pages(*(column[heads] for column in self))
+        first = Pages(*(column[heads] for column in self))
         return first._replace(stands_for=np.add.reduceat(self.stands_for, heads))
 
 
-class _Shape:
+class Shape:
     """Regions whose pages are made of equal runs, as columns."""
 
     def __init__(self, layout: PageLayout, starts: list[int], members: list[int]) -> None:
         regions = [layout.regions[i] for i in members]
         self.members = members
         self.run_bytes = regions[0].run_bytes
-        self._base = _column(region.base for region in regions)
-        self._page_stride = _column(region.page_stride for region in regions)
-        self._runs = np.array([region.run_offsets for region in regions], np.int64)[:, None, :]
-        self._start = _column(starts[i] for i in members)
-        self._step = _column(
+        self.base = _column(region.base for region in regions)
+        self.page_stride = _column(region.page_stride for region in regions)
+        self.offsets = np.array([region.run_offsets for region in regions], np.int64)
+        """Of each run inside a page: a row for each region."""
+        self.places = np.broadcast_to(
+            np.arange(self.offsets.shape[1], dtype=np.int64) * self.run_bytes, self.offsets.shape
+        ).copy()
+        """Of each run inside a page of an object: an object keeps the engine's own order."""
+        self.start = _column(starts[i] for i in members)
+        """Where a region's share of an object begins, if the object held one page."""
+        self.step = _column(
             layout.page_bytes if layout.page_major else region.page_bytes for region in regions
         )
-        strides = np.concatenate((self._page_stride, self._step))
-        self.is_dense = self._runs.shape[2] == 1 and bool((strides == self.run_bytes).all())
+        """From one page of an object to the next."""
+        strides = np.concatenate((self.page_stride, self.step))
+        self.is_dense = self.offsets.shape[1] == 1 and bool((strides == self.run_bytes).all())
         """Whether neighbouring pages are one run."""
 
-    def place(self, pages: _Pages, region: int | None = None) -> tuple[Int64s, Int64s, Int64s]:
+    def with_runs(self, offsets: Int64s, places: Int64s, run_bytes: int) -> Shape:
+        """The same regions, their pages cut otherwise or in another order."""
+        other = copy(self)
+        other.offsets, other.places, other.run_bytes = offsets, places, run_bytes
+        other.is_dense = False
+        return other
+
+    def place(self, pages: Pages, region: int | None = None) -> tuple[Int64s, Int64s, Int64s]:
         """Engine address, object address and length of every run of `pages`."""
         rows = slice(None) if region is None else [self.members.index(region)]
-        engine = self._base[rows] + pages.ids * self._page_stride[rows]
-        stored = pages.payload + self._start[rows] * pages.spread + pages.order * self._step[rows]
-        inner = np.arange(self._runs.shape[2], dtype=np.int64) * self.run_bytes
-        placed = engine[:, :, None] + self._runs[rows]
-        length = np.broadcast_to(pages.stands_for[:, None] * self.run_bytes, placed.shape)
-        return placed.ravel(), (stored[:, :, None] + inner).ravel(), length.ravel()
+        engine = self.base[rows] + pages.ids * self.page_stride[rows]
+        stored = pages.payload + self.start[rows] * pages.spread + pages.order * self.step[rows]
+        engine = engine[:, :, None] + self.offsets[rows][:, None, :]
+        stored = stored[:, :, None] + self.places[rows][:, None, :]
+        length = np.broadcast_to(pages.stands_for[:, None] * self.run_bytes, engine.shape)
+        return engine.ravel(), stored.ravel(), length.ravel()
 
 
 class Planner:
@@ -105,18 +120,18 @@ class Planner:
         alike: dict[tuple[int, int], list[int]] = {}
         for index, region in enumerate(layout.regions):
             alike.setdefault((region.run_bytes, len(region.run_offsets)), []).append(index)
-        self._shapes = [_Shape(layout, self._starts, members) for members in alike.values()]
+        self.shapes = [Shape(layout, self._starts, members) for members in alike.values()]
 
     def plan(self, spans: Sequence[Span], region: int | None = None) -> Runs:
         """The fewest runs that copy `spans`, for all regions or one of them."""
-        pages = self._pages(spans)
+        pages = self.pages(spans)
         if not len(pages.ids):
             none = np.empty(0, dtype=np.int64)
             return Runs(none, none, none)
         joined = pages.joined()
         pieces = [
             shape.place(joined if shape.is_dense else pages, region)
-            for shape in self._shapes
+            for shape in self.shapes
             if region is None or region in shape.members
         ]
         engine, stored, length = (np.concatenate(column) for column in zip(*pieces, strict=True))
@@ -132,8 +147,8 @@ class Planner:
         layout = self._layout
         return layout.page_bytes if layout.page_major else layout.regions[index].page_bytes
 
-    def _pages(self, spans: Sequence[Span]) -> _Pages:
-        """Raise `IndexError` for pages that the engine or the object does not have."""
+    def pages(self, spans: Sequence[Span]) -> Pages:
+        """The pages of `spans`. Raises `IndexError` if the engine or the object lacks one."""
         for span in spans:
             if not 0 <= span.first <= span.object_pages - len(span.pages):
                 raise IndexError(
@@ -150,7 +165,7 @@ class Planner:
         order = chain.from_iterable(
             range(span.first, span.first + count) for span, count in zip(spans, counts, strict=True)
         )
-        return _Pages(
+        return Pages(
             ids,
             np.fromiter(order, np.int64),
             np.repeat(np.array([span.payload for span in spans], np.int64), counts),

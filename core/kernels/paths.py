@@ -1,0 +1,38 @@
+"""Which way bytes take between a GPU and the host: measured on the machine, for runs of any length.
+
+* `direct`: the copy engine copies each run; no multiprocessor is needed, but every run costs it
+  half a microsecond
+* `staged`: a kernel gathers runs in a buffer of the device, the copy engine copies that; or the
+  other way round
+* `kernel`: a kernel reads or writes the host's memory itself, over the bus
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DIRECT, STAGED, KERNEL = PATHS = ("direct", "staged", "kernel")
+
+Table = dict[str, dict[int, str]]
+"""For `store` and `load`: from which length of runs on which path is the fastest."""
+
+
+class Paths:
+    """The fastest path for each length of runs, or one for all."""
+
+    def __init__(self, table: Mapping[str, Mapping[int, str]], forced: str = "") -> None:
+        """`table` has an entry for stores and one for loads, each with at least one length."""
+        self._forced = forced
+        self._from = {name: sorted(row) for name, row in table.items()}
+        self._path = {name: [row[n] for n in sorted(row)] for name, row in table.items()}
+
+    def choose(self, run_bytes: float, *, to_slab: bool) -> str:
+        """One of `PATHS`."""
+        if self._forced:
+            return self._forced
+        name = "store" if to_slab else "load"
+        return self._path[name][max(0, bisect_right(self._from[name], run_bytes) - 1)]

@@ -1,0 +1,148 @@
+"""Calls of the CUDA driver, with one in its place that reads its arguments as the real one does."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from lmcache.core.errors import DeviceError
+from lmcache.core.kernels import driver
+from lmcache.core.kernels.driver import Driver
+
+STREAM = 0x1234
+BATCH = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.POINTER(ctypes.c_uint64),
+    ctypes.POINTER(ctypes.c_uint64),
+    ctypes.POINTER(ctypes.c_size_t),
+    ctypes.c_size_t,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_size_t),
+    ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_size_t),
+    ctypes.c_uint64,
+)
+WORDS_OF_ATTRIBUTES = 6
+"""An access order, two locations of a type and a number each, and flags: 32 bits all of them."""
+
+
+class Library:
+    """`libcuda`, as its header describes it; copies at once."""
+
+    def __init__(self, *, has_batch=True, fails=()):
+        self.has_batch, self.fails = has_batch, set(fails)
+        self.calls, self.orders, self.registered = [], [], {}
+        self._batch = BATCH(self._copy_batch)
+
+    def _said(self, name):
+        self.calls.append(name)
+        return 999 if name in self.fails else 0
+
+    def cuInit(self, flags):
+        assert flags == 0
+        return self._said("cuInit")
+
+    def cuGetErrorString(self, code, text):
+        text._obj.value = b"out of luck" if code == 999 else None
+        return 0
+
+    def cuGetProcAddress_v2(self, name, found, version, flags, status):
+        assert (name, version.value, flags.value) == (b"cuMemcpyBatchAsync", 12080, 0)
+        if not self.has_batch:
+            return 500
+        found._obj.value = ctypes.cast(self._batch, ctypes.c_void_p).value
+        return 0
+
+    def _copy_batch(self, target, source, length, count, attributes, first, kinds, failed, stream):
+        assert (kinds, first[0], stream) == (1, 0, STREAM)
+        order, *others = (ctypes.c_uint32 * WORDS_OF_ATTRIBUTES).from_address(attributes)
+        assert not any(others)
+        self.orders.append(order)
+        if self._said("batch"):
+            failed[0] = 0
+            return 999
+        for index in range(count):
+            ctypes.memmove(target[index], source[index], length[index])
+        return 0
+
+    def cuMemcpyAsync(self, target, source, length, stream):
+        assert stream.value == STREAM
+        if self._said("copy"):
+            return 999
+        ctypes.memmove(target.value, source.value, length.value)
+        return 0
+
+    def cuMemHostRegister_v2(self, address, size, flags):
+        assert flags.value == 3
+        if self._said("register"):
+            return 999
+        self.registered[address.value] = size.value
+        return 0
+
+    def cuMemHostUnregister(self, address):
+        del self.registered[address.value]
+        return self._said("unregister")
+
+    def cuMemHostGetDevicePointer_v2(self, found, address, flags):
+        assert flags.value == 0
+        found._obj.value = address.value + 7
+        return self._said("address")
+
+
+@pytest.mark.parametrize("has_batch", [True, False])
+def test_runs_are_copied(has_batch):
+    library = Library(has_batch=has_batch)
+    source, target = np.arange(1000, dtype=np.uint8), np.zeros(1000, np.uint8)
+    starts, lengths = np.array([0, 10, 500]), np.array([3, 100, 250])
+    made = Driver(library)
+    assert made.copies_batches is has_batch
+    made.copy(starts + target.ctypes.data, starts + source.ctypes.data, lengths, STREAM)
+    expected = np.zeros(1000, np.uint8)
+    for start, length in zip(starts, lengths, strict=True):
+        expected[start : start + length] = source[start : start + length]
+    assert (target == expected).all()
+    assert library.calls == ["cuInit", "batch"] if has_batch else ["cuInit", *["copy"] * 3]
+
+
+def test_only_a_source_that_stays_may_be_read_early():
+    library = Library()
+    nothing = np.zeros(0, np.int64)
+    for stays in (False, True):
+        Driver(library).copy(nothing, nothing, nothing, STREAM, stays=stays)
+    assert library.orders == [1, 3]
+
+
+def test_memory_is_pinned_and_let_go():
+    library = Library()
+    made = Driver(library)
+    made.register(0x10000, 4096)
+    assert library.registered == {0x10000: 4096}
+    assert made.device_address(0x10000) == 0x10007
+    made.unregister(0x10000)
+    assert not library.registered
+
+
+@pytest.mark.parametrize(
+    ("fails", "has_batch", "act"),
+    [
+        ("cuInit", True, lambda made: None),
+        ("batch", True, lambda made: made.copy(*[np.array([8])] * 3, STREAM)),
+        ("copy", False, lambda made: made.copy(*[np.array([8])] * 3, STREAM)),
+        ("register", True, lambda made: made.register(1 << 20, 4096)),
+        ("address", True, lambda made: made.device_address(1 << 20)),
+    ],
+)
+def test_an_error_names_the_call_and_the_reason(fails, has_batch, act):
+    with pytest.raises(DeviceError, match=r"^cu\w+ failed with 999: out of luck$"):
+        act(Driver(Library(has_batch=has_batch, fails=[fails])))
+
+
+def test_no_driver(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(driver.ctypes, "CDLL", missing)
+    with pytest.raises(DeviceError, match=r"no CUDA driver: libcuda.so.1"):
+        Driver()
