@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -14,13 +14,19 @@ from lmcache.core.kernels.tiles import Tiler, absolute
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from lmcache.core.kernels.paths import Paths
-    from lmcache.core.kernels.pinning import Pins
     from lmcache.core.kernels.plan import Int64s, Pages, Planner, Span
-    from lmcache.core.kernels.staging import Device, Event
+    from lmcache.core.kernels.staging import Device, Event, Memory
     from lmcache.core.layout import PageLayout
-    from lmcache.core.slab import Slab
+
+
+class Held(Protocol):
+    """Says what of the slab is pinned, and keeps it so meanwhile. `Pins` is one."""
+
+    def held(self) -> AbstractContextManager[Int64s]:
+        """The ends of the pieces, from the slab's beginning on."""
 
 
 class AcceleratorPages:
@@ -31,9 +37,9 @@ class AcceleratorPages:
         layout: PageLayout,
         planner: Planner,
         device: Device,
-        slab: Slab,
+        slab: Memory,
         *,
-        pins: Pins,
+        pins: Held,
         paths: Paths,
         threads: int = 2,
         buffer_bytes: int = BUFFER_BYTES,

@@ -5,62 +5,74 @@ from __future__ import annotations
 import json
 import os
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from lmcache.core.environment import environment_text
 from lmcache.core.kernels.accelerator import AcceleratorPages
 from lmcache.core.kernels.paths import PATHS, Paths, Table
 from lmcache.core.kernels.plan import Planner, Span
 from lmcache.core.layout import PageLayout, Region
-from lmcache.core.log import init_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from lmcache.core.kernels.pinning import Pins
+    from lmcache.core.kernels.plan import Int64s
     from lmcache.core.kernels.staging import Device
-    from lmcache.core.slab import Slab
-
-logger = init_logger(__name__)
 
 RUN_BYTES = (2 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 256 << 10)
 TOTAL_BYTES = 16 << 20
 ROUNDS = 3
 
 
-def calibrate(make_device: Callable[[Planner], Device], slab: Slab, pins: Pins) -> Table:
+class _Pinned:
+    """Memory of which all is pinned from the beginning."""
+
+    @contextmanager
+    def held(self) -> Iterator[Int64s]:
+        """One piece."""
+        yield np.array([TOTAL_BYTES], np.int64)
+
+
+def calibrate(make_device: Callable[[Planner], Device]) -> Table:
     """Copy `TOTAL_BYTES` both ways by each path, in runs of each length.
 
-    `slab` has room for them, and is pinned. Takes about 0.1 s once the kernels are compiled.
+    Takes about 0.1 s once the kernels are compiled.
     """
     table: Table = {"store": {}, "load": {}}
     for run_bytes in RUN_BYTES:
-        for name, found in _fastest(run_bytes, make_device, slab, pins).items():
+        for name, found in _fastest(run_bytes, make_device).items():
             table[name][run_bytes] = found
     return table
 
 
-def _fastest(
-    run_bytes: int, make_device: Callable[[Planner], Device], slab: Slab, pins: Pins
-) -> dict[str, str]:
+def _fastest(run_bytes: int, make_device: Callable[[Planner], Device]) -> dict[str, str]:
     """The fastest path for stores, and for loads."""
-    count = TOTAL_BYTES // run_bytes
-    region = Region("calibration", 0, count, 2 * run_bytes, (), run_bytes, "")
-    memory = make_device(Planner(PageLayout((region,), 1, ""))).buffer(2 * TOTAL_BYTES)
-    region = Region("calibration", memory.address, count, 2 * run_bytes, (), run_bytes, "")
-    layout = PageLayout((region,), 1, "calibration")
+    nowhere = make_device(Planner(_layout(run_bytes, 0)))
+    memory, slab = nowhere.buffer(2 * TOTAL_BYTES), nowhere.pinned(TOTAL_BYTES)
+    layout = _layout(run_bytes, memory.address)
     planner = Planner(layout)
-    spans = [Span(0, count, 0, range(count))]
+    spans = [Span(0, layout.num_pages, 0, range(layout.num_pages))]
     seconds: dict[str, dict[str, float]] = {"store": {}, "load": {}}
     for path in PATHS:
-        device = make_device(planner)
         forced = Paths({}, path)
-        pages = AcceleratorPages(layout, planner, device, slab, pins=pins, paths=forced)
+        pages = AcceleratorPages(
+            layout, planner, make_device(planner), slab, pins=_Pinned(), paths=forced
+        )
         for name, row in seconds.items():
             row[path] = _best(pages, spans, to_slab=name == "store")
         pages.close()
     return {name: min(PATHS, key=row.__getitem__) for name, row in seconds.items()}
+
+
+def _layout(run_bytes: int, base: int) -> PageLayout:
+    """Pages with gaps between them, so that none are joined."""
+    pages = TOTAL_BYTES // run_bytes
+    region = Region("calibration", base, pages, 2 * run_bytes, (), run_bytes, "")
+    return PageLayout((region,), 1, "calibration")
 
 
 def _best(pages: AcceleratorPages, spans: list[Span], *, to_slab: bool) -> float:
@@ -78,7 +90,7 @@ class Notebook:
 
     def __init__(self, folder: Path | None = None) -> None:
         """By default in the user's own folder for what can be made again."""
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        caches = environment_text("XDG_CACHE_HOME") or Path.home() / ".cache"
         self._file = (folder or Path(caches) / "lmcache") / "copy-paths.json"
 
     def find(self, machine: str) -> Table | None:

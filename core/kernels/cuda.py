@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmcache.core.kernels.accelerator import AcceleratorPages
+from lmcache.core.kernels.calibrate import Notebook, calibrate
 from lmcache.core.kernels.driver import Driver
 from lmcache.core.kernels.paged import PagedKernel
+from lmcache.core.kernels.paths import Paths, Table
+from lmcache.core.kernels.pinning import Pins
 
 if TYPE_CHECKING:
     from lmcache.core.kernels.plan import Int64s, Pages, Planner, Shape
+    from lmcache.core.layout import PageLayout
+    from lmcache.core.slab import Slab
 
 
 class CudaMemory:
@@ -46,7 +52,7 @@ class CudaStream:
         event.record(self._stream)
         return event
 
-    def wait(self, event: torch.cuda.Event) -> None:
+    def wait(self, event: Any) -> None:
         """Queued work waits on the device, not the host."""
         self._stream.wait_event(event)
 
@@ -60,6 +66,7 @@ class Kernels:
 
     def __init__(self, planner: Planner, device: torch.device) -> None:
         self._shapes = [(shape, PagedKernel(shape, device)) for shape in planner.shapes]
+        torch.cuda.current_stream(device).synchronize()  # other streams read these tables
 
     def launch(self, regions: range, pages: Pages, *, to_stored: bool) -> None:
         """Copy pages of a range of the layout's regions; payloads are device addresses."""
@@ -93,8 +100,59 @@ class CudaDevice:
 
     def buffer(self, size: int) -> CudaMemory:
         """Memory that counts as torch's."""
-        return CudaMemory(torch.empty(size, dtype=torch.uint8, device=self._device))
+        made = CudaMemory(torch.empty(size, dtype=torch.uint8, device=self._device))
+        # whoever had the memory before may still use it, in the order of this thread's stream
+        torch.cuda.current_stream(self._device).synchronize()
+        return made
 
     def pinned(self, size: int) -> CudaMemory:
         """Host memory that is registered with the driver."""
         return CudaMemory(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+
+
+class _Registrar:
+    """Pins memory on any thread: each must have been told which device is meant."""
+
+    def __init__(self, driver: Driver, device: torch.device) -> None:
+        self._driver = driver
+        self._device = device
+
+    def register(self, address: int, size: int) -> None:
+        torch.cuda.set_device(self._device)
+        self._driver.register(address, size)
+
+    def unregister(self, address: int) -> None:
+        torch.cuda.set_device(self._device)
+        self._driver.unregister(address)
+
+
+class CudaPages(AcceleratorPages):
+    """Pages on a CUDA device, with the slab being pinned from now on."""
+
+    def __init__(
+        self, layout: PageLayout, planner: Planner, slab: Slab, device: torch.device, threads: int
+    ) -> None:
+        """Measures the paths if that was never done on this machine. Raises `DeviceError`."""
+        driver = Driver()
+        self._pinned = Pins(slab, _Registrar(driver, device))
+        made = CudaDevice(planner, device, driver)
+        paths = Paths(_table(device, driver))
+        super().__init__(
+            layout, planner, made, slab, pins=self._pinned, paths=paths, threads=threads
+        )
+
+    def close(self) -> None:
+        """Let go of the slab as well."""
+        super().close()
+        self._pinned.close()
+
+
+def _table(device: torch.device, driver: Driver) -> Table:
+    name = torch.cuda.get_device_name(device)
+    machine = f"{name}, CUDA {torch.version.cuda}, driver {driver.version}"
+    notebook = Notebook()
+    table = notebook.find(machine)
+    if table is None:
+        table = calibrate(lambda planner: CudaDevice(planner, device, driver))
+        notebook.keep(machine, table)
+    return table

@@ -56,6 +56,13 @@ class Driver:
         """Whether many copies are one call. Otherwise each costs microseconds of the host's."""
         return self._batch is not None
 
+    @property
+    def version(self) -> int:
+        """The newest CUDA the driver knows: 13000 for 13.0."""
+        found = ctypes.c_int()
+        self._check("cuDriverGetVersion", self._library.cuDriverGetVersion(ctypes.byref(found)))
+        return found.value
+
     def copy(
         self, target: Int64s, source: Int64s, length: Int64s, stream: int, *, stays: bool = False
     ) -> None:

@@ -44,6 +44,10 @@ class Library:
         assert flags == 0
         return self._said("cuInit")
 
+    def cuDriverGetVersion(self, found):
+        found._obj.value = 13000
+        return self._said("version")
+
     def cuGetErrorString(self, code, text):
         text._obj.value = b"out of luck" if code == 999 else None
         return 0
@@ -114,6 +118,10 @@ def test_only_a_source_that_stays_may_be_read_early():
     assert library.orders == [1, 3]
 
 
+def test_its_version():
+    assert Driver(Library()).version == 13000
+
+
 def test_memory_is_pinned_and_let_go():
     library = Library()
     made = Driver(library)
@@ -131,6 +139,7 @@ def test_memory_is_pinned_and_let_go():
         ("batch", True, lambda made: made.copy(*[np.array([8])] * 3, STREAM)),
         ("copy", False, lambda made: made.copy(*[np.array([8])] * 3, STREAM)),
         ("register", True, lambda made: made.register(1 << 20, 4096)),
+        ("version", True, lambda made: made.version),
         ("address", True, lambda made: made.device_address(1 << 20)),
     ],
 )

@@ -1,0 +1,237 @@
+"""Copies between a CUDA device and the host's memory, against a pinned memcpy in the same run.
+
+    python benchmarks/copy_gpu.py
+
+Runs `tests/gpu` first: a copy that is not right has no speed. Then prints, for each layout and
+path, GB/s for stores, loads and both at once, and how much slower a decode loop gets while pages
+are stored. Writes bench-results/copy_gpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from lmcache.core.kernels.cuda import CudaPages
+from lmcache.core.kernels.paths import DIRECT, PATHS, Paths
+from lmcache.core.kernels.plan import Planner, Span
+from lmcache.core.kernels.words import PROGRAMS
+from lmcache.core.layout import PageLayout, region_of
+from lmcache.core.slab import Slab
+
+ROOT = Path(__file__).resolve().parent.parent
+CHUNK = 256
+ROUNDS = 7
+
+LAYOUTS = {
+    # name: layers, page tokens, shape of a layer's tensor without pages, blocks first
+    "vLLM 8 heads, 64 KiB": (32, 16, (8, 16, 256), False),
+    "vLLM 4 heads, 32 KiB": (32, 16, (4, 16, 256), False),
+    "MLA, 18 KiB": (32, 16, (16, 576), False),
+    "vLLM 1 head (TP 8), 8 KiB": (32, 16, (1, 16, 256), False),
+    "SGLang page 1, 2 KiB": (64, 1, (8, 128), False),
+    "vLLM blocks first, 2 MiB": (32, 16, (8, 16, 256), True),
+}
+
+
+class Case:
+    """Scattered pages of one layout, and spans for all of them."""
+
+    def __init__(self, name, size, device):
+        layers, tokens, inner, blocks_first = LAYOUTS[name]
+        page = 2
+        for count in inner:
+            page *= count
+        chunk_pages = CHUNK // tokens
+        chunks = max(1, size // (chunk_pages * page * layers))
+        self.pages = 2 * chunks * chunk_pages
+        shape = (self.pages, layers, *inner) if blocks_first else (layers, self.pages, *inner)
+        self.memory = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        views = self.memory.unbind(1 if blocks_first else 0)
+        regions = [
+            region_of(
+                f"layer {index}",
+                view.data_ptr(),
+                view.shape,
+                view.stride(),
+                itemsize=2,
+                dtype="bfloat16",
+                page_axis=0,
+            )
+            for index, view in enumerate(views)
+        ]
+        self.layout = PageLayout(tuple(regions), tokens, name)
+        ids = torch.randperm(self.pages)[: chunks * chunk_pages].tolist()
+        slot = chunk_pages * page * layers
+        self.spans = [
+            Span(index * slot, chunk_pages, 0, ids[index * chunk_pages : (index + 1) * chunk_pages])
+            for index in range(chunks)
+        ]
+        self.size = chunks * slot
+
+
+def median(call):
+    """Seconds of a call, after two that do not count."""
+    times = []
+    for index in range(2 + ROUNDS):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        if index > 1:
+            times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def memcpy(size, device):
+    """GB/s of one large pinned copy, out and in and both at once."""
+    host = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    there = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+
+    def both():
+        for (target, source), stream in zip(
+            ((host[0], there[0]), (there[1], host[1])), streams, strict=True
+        ):
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+
+    return {
+        "store": size / median(lambda: host[0].copy_(there[0], non_blocking=True)) / 1e9,
+        "load": size / median(lambda: there[1].copy_(host[1], non_blocking=True)) / 1e9,
+        "both": 2 * size / median(both) / 1e9,
+    }
+
+
+def pinned(copies):
+    """Wait until all of its slab is."""
+    while True:
+        with copies._pins.held() as ends:
+            if len(ends) and ends[-1] >= copies._pins._slab.size:
+                return copies
+        time.sleep(0.05)
+
+
+def at_once(*calls):
+    """Run calls on a thread each."""
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def decode_slowdown(copies, case, device):
+    """How much longer the steps of a decode loop take while pages are stored, in percent."""
+    weights = torch.randn(64, 4096, 4096, device=device, dtype=torch.bfloat16)
+    state = torch.randn(4096, 8, device=device, dtype=torch.bfloat16)
+
+    def steps(count):
+        times = []
+        for _ in range(count):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for weight in weights:
+                torch.mm(weight, state)
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        return statistics.median(times)
+
+    steps(20)
+    alone, together, stop = [], [], threading.Event()
+
+    def store():
+        while not stop.is_set():
+            copies.copy(case.spans, None, to_slab=True)
+
+    for _ in range(5):
+        alone.append(steps(40))
+        stop.clear()
+        thread = threading.Thread(target=store)
+        thread.start()
+        together.append(steps(40))
+        stop.set()
+        thread.join()
+    return 100 * (statistics.median(together) / statistics.median(alone) - 1)
+
+
+def measure(name, size, device, plain):
+    """One row for each path, and one for what is chosen by measurement."""
+    case = Case(name, size, device)
+    slabs = [Slab.create(case.size + (1 << 20)) for _ in range(2)]
+    planner = Planner(case.layout)
+    out, back = (pinned(CudaPages(case.layout, planner, slab, device, 4)) for slab in slabs)
+    chosen = out._paths
+    rows = {}
+    for path in (*PATHS, "chosen"):
+        for copies in (out, back):
+            copies._paths = chosen if path == "chosen" else Paths({}, path)
+        store = median(lambda: out.copy(case.spans, None, to_slab=True))
+        load = median(lambda: out.copy(case.spans, None, to_slab=False))
+        both = median(
+            lambda: at_once(
+                lambda: out.copy(case.spans, None, to_slab=True),
+                lambda: back.copy(case.spans, None, to_slab=False),
+            )
+        )
+        speeds = {
+            "store": case.size / store / 1e9,
+            "load": case.size / load / 1e9,
+            "both": 2 * case.size / both / 1e9,
+        }
+        rows[path] = {
+            **{f"{key}_gb_s": value for key, value in speeds.items()},
+            **{f"{key}_of_memcpy": value / plain[key] for key, value in speeds.items()},
+            "programs": 0 if path == DIRECT else PROGRAMS,
+            "decode_slowdown_percent": decode_slowdown(out, case, device),
+        }
+        print(f"  {path:8s}", "  ".join(f"{k} {v:.2f}" for k, v in rows[path].items()), flush=True)
+    for copies, slab in zip((out, back), slabs, strict=True):
+        copies.close()
+        slab.close()
+    return rows
+
+
+def main():
+    """Verify, then measure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mib", type=int, default=1024, help="of each layout")
+    parser.add_argument("--no-tests", action="store_true", help="they have just been run")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("needs a CUDA device")
+    if not arguments.no_tests:
+        subprocess.run([sys.executable, "-m", "pytest", "-q", ROOT / "tests/gpu"], check=True)
+    device = torch.device("cuda", torch.cuda.current_device())
+    size = arguments.mib << 20
+    results = {
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "memcpy_gb_s": memcpy(size, device),
+        "layouts": {},
+    }
+    print(results)
+    for name in LAYOUTS:
+        print(name, flush=True)
+        results["layouts"][name] = measure(name, size, device, results["memcpy_gb_s"])
+        torch.cuda.empty_cache()
+    folder = ROOT / "bench-results"
+    folder.mkdir(exist_ok=True)
+    (folder / "copy_gpu.json").write_text(json.dumps(results, indent=2))
+    print(f"written to {folder / 'copy_gpu.json'}")
+
+
+if __name__ == "__main__":
+    main()

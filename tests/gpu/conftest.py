@@ -1,0 +1,52 @@
+"""Tests on a CUDA device: `pytest tests/gpu`. Without one they are skipped, and say so."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+if "pools" not in sys.modules:  # tests belong to no package
+    spec = importlib.util.spec_from_file_location("pools", KERNELS / "pools.py")
+    sys.modules["pools"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["pools"])
+
+
+def pytest_collection_modifyitems(items):
+    here = str(Path(__file__).parent)
+    for item in items:
+        if str(item.path).startswith(here):
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+class DevicePool:
+    """A pool of `pools`, on the GPU."""
+
+    def __init__(self, pool):
+        pool.fill()
+        self.pool = pool
+        self.memory = pool.memory.cuda()
+        moved = self.memory.data_ptr() - pool.memory.data_ptr()
+        regions = [replace(region, base=region.base + moved) for region in pool.layout.regions]
+        self.layout = replace(pool.layout, regions=tuple(regions))
+
+    def object(self, pages):
+        """By indexing, on the host."""
+        self.pool.memory.copy_(self.memory.cpu())
+        return self.pool.object(pages)
+
+    def fill(self):
+        self.pool.fill()
+        self.memory.copy_(self.pool.memory)
+
+
+@pytest.fixture
+def on_gpu():
+    return DevicePool
