@@ -134,9 +134,9 @@ class CudaPages(AcceleratorPages):
     ) -> None:
         """Measures the paths if that was never done on this machine. Raises `DeviceError`."""
         driver = Driver()
-        self._pinned = Pins(slab, _Registrar(driver, device))
         made = CudaDevice(planner, device, driver)
         paths = Paths(_table(device, driver))
+        self._pinned = Pins(slab, _Registrar(driver, device))
         super().__init__(
             layout, planner, made, slab, pins=self._pinned, paths=paths, threads=threads
         )

@@ -1,4 +1,4 @@
-"""Pages into one buffer and back, wherever both are: for tools, tests and other engines' adapters.
+"""Pages into one buffer and back, both on one device: for tools, tests and adapters.
 
 An engine's own copies go through a `Mover`, which chooses its path by measurement.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def gather(layout: PageLayout, pages: Sequence[int], target: torch.Tensor) -> None:
     """Copy `pages` into `target`, in the order of an object of theirs.
 
-    `target` is contiguous uint8 of `len(pages) * layout.page_bytes`; on a GPU it is done when the
+    `target` lies where the pages do, and is contiguous uint8 of `len(pages) * layout.page_bytes`; on a GPU it is done when the
     current stream is. Raises `ValueError` for another tensor, `IndexError` for pages that are not
     there.
     """
@@ -34,7 +34,7 @@ def scatter(layout: PageLayout, pages: Sequence[int], source: torch.Tensor) -> N
 
 
 def serving_path() -> str:
-    """What copies on this machine: the kernels on a GPU, or `memmove`."""
+    """What these operations copy with on this machine; an engine's own copies are a mover's."""
     if torch.cuda.is_available():
         import triton
 
