@@ -119,11 +119,11 @@ class AcceleratorPages:
         if after:
             self._stream.wait(after)
         stored = runs.stored + self._slab
-        if to_slab:
-            self._stream.copy(stored, runs.engine, runs.length, stays=False)
-        else:
-            self._stream.copy(runs.engine, stored, runs.length, stays=True)
-        self._stream.synchronize()
+        target, source = (stored, runs.engine) if to_slab else (runs.engine, stored)
+        try:
+            self._stream.copy(target, source, runs.length, stays=not to_slab)
+        finally:  # after an error as well nothing may be under way
+            self._stream.synchronize()
         return True
 
     def _launch(

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def gather(layout: PageLayout, pages: Sequence[int], target: torch.Tensor) -> None:
     """Copy `pages` into `target`, in the order of an object of theirs.
 
-    `target` lies where the pages do, and is contiguous uint8 of `len(pages) * layout.page_bytes`; on a GPU it is done when the
-    current stream is. Raises `ValueError` for another tensor, `IndexError` for pages that are not
-    there.
+    `target` lies where the pages do, and is contiguous uint8 of `len(pages) * layout.page_bytes`.
+    On a GPU it is done when the current stream is. Raises `ValueError` for another tensor,
+    `IndexError` for pages that are not there.
     """
     _copy(layout, pages, target, to_stored=True)
 

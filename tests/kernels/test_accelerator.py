@@ -175,6 +175,25 @@ def test_pages_that_are_not_there(slab, pins_of):
     pages.close()
 
 
+def test_after_an_error_no_copy_is_under_way(slab, pins_of, monkeypatch):
+    """A driver that copies run by run may have begun some of them."""
+    pool = POOLS["layers"]
+    device = LazyDevice(Planner(pool.layout), 0)
+    pages = pages_on(device, slab, pool, pins_of(Registrar()), "direct")
+    stream, copy = pages._stream, pages._stream.copy
+
+    def fails(target, source, length, *, stays):
+        copy(target[:1], source[:1], length[:1], stays=stays)
+        raise DeviceError("lost")
+
+    monkeypatch.setattr(stream, "copy", fails)
+    monkeypatch.setattr(device, "maybe_run", lambda: None)
+    with pytest.raises(DeviceError, match="lost"):
+        pages.copy(spans_of(pool.layout), None, to_slab=True)
+    assert not stream.queue
+    pages.close()
+
+
 # ---- what is pinned
 
 
