@@ -59,6 +59,9 @@ class Link:
         self._socket.setsockopt(zmq.CONNECT_TIMEOUT, int(CONNECT_S * 1e3))
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._news = zmq.Poller()
+        for sock in (self._socket, self._monitor):
+            self._news.register(sock, zmq.POLLIN)
         try:
             self._socket.connect(endpoint)
             if not self._socket.poll(int(CONNECT_S * 1e3), zmq.POLLOUT):
@@ -98,7 +101,7 @@ class Link:
                     return answer
                 if self.is_lost or (rest := deadline - time.monotonic()) <= 0:
                     return None
-                self._socket.poll(max(1, int(rest * 1e3)))
+                self._news.poll(max(1, int(rest * 1e3)))
 
     def end(self, number: int) -> None:
         """Nobody waits for this call any more; an answer nobody has taken is an orphan."""
@@ -114,6 +117,8 @@ class Link:
             answer = self.poll(number, timeout_s)
         finally:
             self.end(number)
+        if answer is None and self.is_lost:
+            raise ServiceError(f"the server at {self.endpoint} is gone")
         if answer is None:
             self.late()
             raise ServiceError(f"no answer from {self.endpoint} within {timeout_s} s")
@@ -170,7 +175,7 @@ class Link:
                 logger.warning("the server at %s is not understood: %s", self.endpoint, error)
                 self.is_lost = True
                 return
-        if self.session and _is_readable(self._monitor):
+        if _is_readable(self._monitor):
             self.is_lost = True
 
     def _take(self, answer: wire.Answer) -> None:

@@ -18,7 +18,7 @@ from lmcache.core.errors import ConfigError, ServiceError
 from lmcache.core.receipts import Reason
 from lmcache.core.service import memo as memo_module
 from lmcache.core.service import wire
-from lmcache.core.service.client import ServiceClient
+from lmcache.core.service.client import ATTACH_S, ServiceClient
 from lmcache.core.service.memo import ChainMemo
 from lmcache.core.tier import Tier
 from lmcache.core.tiers import Tiers
@@ -354,6 +354,25 @@ class TestComingAndGoing:
         engine.client.cancel([], [])
         engine.client.release("r", None)
         assert time.monotonic() - started < 0.5
+
+    def test_a_server_that_dies_while_an_engine_attaches(self):
+        """The engine must not wait for its answer: the next server may be up already."""
+        context = zmq.Context()
+        stub = context.socket(zmq.ROUTER)
+        port = stub.bind_to_random_port("tcp://127.0.0.1")
+
+        def die():
+            stub.recv_multipart()
+            context.destroy(linger=0)
+
+        dying = threading.Thread(target=die)
+        dying.start()
+        about = wire.Attach(release="test", engine="e", name="test", movers=1)
+        started = time.monotonic()
+        with pytest.raises(ServiceError, match="is gone"):
+            ServiceClient.open(f"tcp://127.0.0.1:{port}", about, DEADLINE_S)
+        dying.join()
+        assert time.monotonic() - started < ATTACH_S / 3
 
     def test_nobody_listens(self, workshop):
         with pytest.raises(ServiceError, match="no server listens on tcp://127.0.0.1:9"):

@@ -47,12 +47,15 @@ ENGINE_DEFAULTS = {
 }
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    "PYTHONFAULTHANDLER": "1",  # for `autopsy`
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_COLOR": "0",
 }
 LONGEST_LINE = 1 << 28
 LOG_TAIL = 40
+STACKS = 400
+"""Lines of a log that ends with the stacks of every thread."""
 
 LINE = (
     "The keeper of lighthouse number {} wrote down the wind, the tide and every ship that passed. "
@@ -170,6 +173,16 @@ class Child:
         self._reader.join()
         self._socket.close()
 
+    def autopsy(self) -> str:
+        """End a child that hangs and say where each of its threads was."""
+        if not self._ended and self._lives():
+            os.killpg(self._process.pid, signal.SIGABRT)
+            deadline = time.monotonic() + 5
+            while self._lives() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        self.kill()
+        return self._tail(STACKS)
+
     def _lives(self) -> bool:
         """Whether any process of the child's group is left."""
         self._process.poll()
@@ -199,9 +212,9 @@ class Child:
     def _obituary(self) -> str:
         return f"the child with vLLM has ended\n{self._tail()}"
 
-    def _tail(self) -> str:
+    def _tail(self, length: int = LOG_TAIL) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join([f"{self.log} ends with:", *lines[-LOG_TAIL:]])
+        return "\n".join([f"{self.log} ends with:", *lines[-length:]])
 
 
 class Engine:
@@ -274,6 +287,10 @@ class Engine:
         """vLLM's `version`, `block_size`, `num_blocks` and its number of `unfinished` requests."""
         stats: dict[str, Any] = self._child.call("stats", timeout=30)
         return stats
+
+    def autopsy(self) -> str:
+        """End an engine that hangs and say where each of its threads was."""
+        return self._child.autopsy()
 
     def reset_prefix_cache(self) -> None:
         """Empty vLLM's own prefix cache; a connector's is left alone."""

@@ -23,10 +23,13 @@ PAGE = 128
 CHUNK = 256
 
 
-def metrics(port):
+def metrics(engine, port):
     """Sums of LMCache's counters and gauges, by name."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-        text = page.read().decode()
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as page:
+            text = page.read().decode()
+    except TimeoutError:
+        pytest.fail(engine.autopsy())
     found = re.findall(r"^lmcache_(\w+?)(?:_total)?\{[^}]*\} (\S+)$", text, re.MULTILINE)
     sums = {}
     for name, value in found:
@@ -37,7 +40,7 @@ def metrics(port):
 def settled(engine, port):
     """The metrics once a last request has let every copy of the ones before it be accounted."""
     engine.generate(["Hello"], max_tokens=2)
-    return metrics(port)
+    return metrics(engine, port)
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +313,7 @@ def test_chunks_in_a_tier_survive_a_killed_engine(start_engine, tier):
                 if found["tier_written"] * CHUNK >= found["stored_tokens"] > 0:
                     break
                 time.sleep(0.1)
-            dropped = metrics(port)["tier_dropped"]
+            dropped = metrics(engine, port)["tier_dropped"]
         finally:
             engine._child.kill()
         assert dropped == 0
