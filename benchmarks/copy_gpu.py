@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from lmcache.core.kernels.cuda import CudaPages
-from lmcache.core.kernels.paths import DIRECT, PATHS, Paths
+from lmcache.core.kernels.paths import DIRECT, PATHS
 from lmcache.core.kernels.plan import Planner, Span
 from lmcache.core.kernels.words import PROGRAMS
 from lmcache.core.layout import PageLayout, region_of
@@ -44,7 +44,7 @@ LAYOUTS = {
 
 
 class Case:
-    """Scattered pages of one layout, and spans for all of them."""
+    """Scattered pages of one layout, and spans for half of them and for the others."""
 
     def __init__(self, name, size, device):
         layers, tokens, inner, blocks_first = LAYOUTS[name]
@@ -70,12 +70,10 @@ class Case:
             for index, view in enumerate(views)
         ]
         self.layout = PageLayout(tuple(regions), tokens, name)
-        ids = torch.randperm(self.pages)[: chunks * chunk_pages].tolist()
         slot = chunk_pages * page * layers
-        self.spans = [
-            Span(index * slot, chunk_pages, 0, ids[index * chunk_pages : (index + 1) * chunk_pages])
-            for index in range(chunks)
-        ]
+        ids = torch.randperm(self.pages).view(2 * chunks, chunk_pages).tolist()
+        spans = [Span(index * slot, chunk_pages, 0, part) for index, part in enumerate(ids)]
+        self.spans, self.others = spans[:chunks], spans[chunks:]
         self.size = chunks * slot
 
 
@@ -165,23 +163,20 @@ def decode_slowdown(copies, case, device):
     return 100 * (statistics.median(together) / statistics.median(alone) - 1)
 
 
-def measure(name, size, device, plain):
+def measure(layout, size, device, plain):
     """One row for each path, and one for what is chosen by measurement."""
-    case = Case(name, size, device)
-    slabs = [Slab.create(case.size + (1 << 20)) for _ in range(2)]
-    planner = Planner(case.layout)
-    out, back = (pinned(CudaPages(case.layout, planner, slab, device, 4)) for slab in slabs)
-    chosen = out._paths
+    case = Case(layout, size, device)
+    slab = Slab.create(2 * case.size + (1 << 20))
+    copies = pinned(CudaPages(case.layout, Planner(case.layout), slab, device, 4))
     rows = {}
-    for path in (*PATHS, "chosen"):
-        for copies in (out, back):
-            copies._paths = chosen if path == "chosen" else Paths({}, path)
-        store = median(lambda: out.copy(case.spans, None, to_slab=True))
-        load = median(lambda: out.copy(case.spans, None, to_slab=False))
+    for path in (*PATHS, ""):
+        copies.paths.forced = path
+        store = median(lambda: copies.copy(case.spans, None, to_slab=True))
+        load = median(lambda: copies.copy(case.spans, None, to_slab=False))
         both = median(
             lambda: at_once(
-                lambda: out.copy(case.spans, None, to_slab=True),
-                lambda: back.copy(case.spans, None, to_slab=False),
+                lambda: copies.copy(case.spans, None, to_slab=True),
+                lambda: copies.copy(case.others, None, to_slab=False),
             )
         )
         speeds = {
@@ -189,16 +184,20 @@ def measure(name, size, device, plain):
             "load": case.size / load / 1e9,
             "both": 2 * case.size / both / 1e9,
         }
-        rows[path] = {
+        name = path or "chosen"
+        row = rows[name] = {
             **{f"{key}_gb_s": value for key, value in speeds.items()},
             **{f"{key}_of_memcpy": value / plain[key] for key, value in speeds.items()},
             "programs": 0 if path == DIRECT else PROGRAMS,
-            "decode_slowdown_percent": decode_slowdown(out, case, device),
+            "decode_slowdown_percent": decode_slowdown(copies, case, device),
         }
-        print(f"  {path:8s}", "  ".join(f"{k} {v:.2f}" for k, v in rows[path].items()), flush=True)
-    for copies, slab in zip((out, back), slabs, strict=True):
-        copies.close()
-        slab.close()
+        print(
+            f"  {name:8s}",
+            "  ".join(f"{k} {v:.2f}" for k, v in row.items()),
+            flush=True,
+        )
+    copies.close()
+    slab.close()
     return rows
 
 

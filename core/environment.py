@@ -15,6 +15,8 @@ PREFIX = "LMCACHE_"
 
 VARIABLES = {
     "LMCACHE_CONFIG_FILE": "Path of the YAML file that holds the configuration.",
+    "LMCACHE_COPY_PATH": "How bytes go between a GPU and the cache: `direct`, `staged` or"
+    " `kernel`; by default whatever is the fastest on this machine, which is measured once.",
     "LMCACHE_DISABLED_PLUGINS": "Names of plugins not to load, separated by commas.",
     "LMCACHE_FORCE_SKIP_SAVE": "A flag: store nothing, only load.",
     "LMCACHE_LOG_LEVEL": "Level of the `lmcache` logger, e.g. `DEBUG`.",

@@ -40,11 +40,20 @@ CHANNELS = 2
 
 
 class Lending(msgspec.Struct, frozen=True, kw_only=True):
-    """The mover's pages, for the decider's process to copy. Their descriptors come with `Hello`."""
+    """The mover's pages, for the decider's process to copy.
+
+    Of a host's memory the descriptors come with `Hello`; of a GPU's the handles are in here.
+    """
 
     layout: PageLayout
     spans: list[tuple[int, int]]
     """Address and length of each mapping, where the layout's addresses count."""
+    handles: list[bytes] = []
+    """Of a GPU's memory: one for each of the spans."""
+    device: bytes = b""
+    """The identity of that GPU."""
+    guard: int = 0
+    """The address of the word that every kernel has to pass which writes to the pages."""
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,9 +103,14 @@ def address_of(engine_id: str, number: int) -> str:
 def _same_user(sock: socket.socket) -> bool:
     if not hasattr(socket, "SO_PEERCRED"):
         return True  # the socket file's mode guards it
+    return _peer(sock)[1] == os.getuid()
+
+
+def _peer(sock: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end."""
     packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", packed)
-    return bool(uid == os.getuid())
+    pid, uid, _ = struct.unpack("3i", packed)
+    return pid, uid
 
 
 class Door:
@@ -111,15 +125,16 @@ class Door:
         hello: Hello,
         granted: Callable[[Grant, list[int]], None],
         left: Callable[[], None],
-        lent: Callable[[], list[int]] | None = None,
+        lend: Callable[[], tuple[Lending, list[int]]] | None = None,
     ) -> None:
         """`granted(grant, fds)` owns `fds` from then on: the slab's, or the channels of a lending.
 
         `left()` returns when nothing uses the slab. Both are called on the door's thread; `left`
-        also if nothing was granted. `lent()` are the descriptors of what `hello` lends.
+        also if nothing was granted. `lend()` is asked at each visit, and says what is lent to
+        this visitor and with which descriptors.
         """
         self._hello = hello
-        self._lent = lent
+        self._lend = lend
         self._granted = granted
         self._left = left
         self._address = address
@@ -150,6 +165,12 @@ class Door:
         self._thread.join(self.GRANT_S)
         if not self._address.startswith("\0") and os.path.exists(self._address):
             os.unlink(self._address)
+
+    def visitor(self) -> int:
+        """The process of whoever visits, 0 if it is none of those that can be seen from here."""
+        if self._visitor is None or not hasattr(socket, "SO_PEERCRED"):
+            return 0
+        return _peer(self._visitor)[0]
 
     def hang_up(self) -> None:
         """Let go of the decider at hand; another, or the same, may come. Any thread may call it."""
@@ -190,14 +211,16 @@ class Door:
 
     def _introduce(self, sock: socket.socket, unused: ExitStack) -> list[socket.socket]:
         """Say hello; our ends of the channels, if we lend, which `unused` closes."""
-        if self._lent is None:
+        if self._lend is None:
             send(sock, self._hello)
             return []
+        lends, fds = self._lend()
+        hello = msgspec.structs.replace(self._hello, lends=lends)
         pairs = [socket.socketpair() for _ in range(CHANNELS)]
         with ExitStack() as theirs:
             for _, end in pairs:
                 theirs.enter_context(end)
-            send(sock, self._hello, [*(end.fileno() for _, end in pairs), *self._lent()])
+            send(sock, hello, [*(end.fileno() for _, end in pairs), *fds])
         return [unused.enter_context(end) for end, _ in pairs]
 
     def _take(self, grant: Grant, fds: list[int]) -> None:
@@ -231,7 +254,7 @@ class Visit:
 
     def _check(self) -> None:
         lends = self.hello.lends
-        wanted = CHANNELS + len(lends.spans) if lends else 0
+        wanted = CHANNELS + (0 if lends.handles else len(lends.spans)) if lends else 0
         if self.hello.protocol != PROTOCOL:
             problem = f"mover speaks handover protocol {self.hello.protocol}, we speak {PROTOCOL}"
         elif len(self.fds) != wanted:

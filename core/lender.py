@@ -25,7 +25,9 @@ from lmcache.core.mover import Move
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from lmcache.core.kernels.staging import Event
     from lmcache.core.layout import PageLayout
+    from lmcache.core.lending import LentPages
 
 logger = init_logger(__name__)
 
@@ -96,7 +98,7 @@ class Lender:
         channels: Sequence[int],
         deadline_s: float,
         *,
-        take_back: Callable[[], None],
+        memory: LentPages,
         given_up: Callable[[], None],
     ) -> None:
         """Owns the `channels`: sockets for loads and for stores.
@@ -108,7 +110,7 @@ class Lender:
         """Whether `take_back` must be called before the engine goes on."""
         self._loads, self._stores = (_Channel(fd) for fd in channels)
         self._deadline_s = deadline_s
-        self._take_back = take_back
+        self._memory = memory
         self._on_give_up = given_up
         self._gate = Gate()
         self._has_given_up = False
@@ -116,13 +118,20 @@ class Lender:
         self._spoiled = 0
         self._deciding = threading.Lock()
 
-    def store(self, moves: Sequence[Move], region: int | None = None) -> int:
+    def mark(self) -> Event | None:
+        """As a `Mover` says."""
+        return self._memory.mark()
+
+    def store(
+        self, moves: Sequence[Move], region: int | None = None, after: Event | None = None
+    ) -> int:
         """Have pages copied into slots; the bytes copied, 0 if that did not work."""
         with self._gate.passage() as admitted, self._stores.busy:
             if not admitted or self._has_given_up or not moves:
                 return 0
             try:
-                copied = self._ask(self._stores, Copy(list(moves), region, to_slab=True), moves)
+                order = Copy(list(moves), region, to_slab=True)
+                copied = self._ask(self._stores, order, moves, after)
             except (OSError, HandoverError):
                 copied = None
             if copied is None:  # whatever comes of it, nobody will say that it is complete
@@ -134,7 +143,9 @@ class Lender:
         """Every region of `moves` has been stored."""
         self._tell(Publish(list(moves)))
 
-    def load(self, moves: Sequence[Move], region: int | None = None) -> tuple[int, list[Move]]:
+    def load(
+        self, moves: Sequence[Move], region: int | None = None, after: Event | None = None
+    ) -> tuple[int, list[Move]]:
         """Have slots copied into pages: bytes copied, and the moves that failed.
 
         If the copier is too slow, this returns when it answers or `take_back` has been called.
@@ -143,11 +154,16 @@ class Lender:
             if not admitted or self._has_given_up or not moves:
                 return 0, list(moves)
             try:
-                copied = self._ask(self._loads, Copy(list(moves), region, to_slab=False), moves)
-                while copied is None:
+                order = Copy(list(moves), region, to_slab=False)
+                copied = self._ask(self._loads, order, moves, after)
+                while copied is None and not self._memory.takes_back_at_once:
                     self.wants_back = True
                     copied = self._answer(self._loads, time.monotonic() + GLANCE_S)
             except (OSError, HandoverError):
+                copied = None
+            if copied is None:
+                if self._memory.takes_back_at_once:
+                    self._memory.take_back()
                 self._give_up(self._loads)
                 return 0, list(moves)
             return copied.size, [moves[i] for i in copied.failed if i < len(moves)]
@@ -158,7 +174,7 @@ class Lender:
             if not self.wants_back:
                 return
             logger.warning("a copy takes too long: taking the pages back")
-            self._take_back()
+            self._memory.take_back()
             self._has_taken_back, self.wants_back = True, False
         self._give_up(self._loads)
 
@@ -184,8 +200,12 @@ class Lender:
 
     # ----
 
-    def _ask(self, channel: _Channel, order: Copy, moves: Sequence[Move]) -> Copied | None:
+    def _ask(
+        self, channel: _Channel, order: Copy, moves: Sequence[Move], after: Event | None
+    ) -> Copied | None:
         """The answer to an order, None if it does not come in time."""
+        if after:
+            after.synchronize()  # the copier's own work does not know the engine's
         pages = sum(len(move.pages) for move in moves)
         slack = pages * self.layout.page_bytes / SLOWEST
         channel.send(order)

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache.core.errors import LayoutError
 from lmcache.core.frames import MAX_DESCRIPTORS
-from lmcache.core.handover import CHANNELS
+from lmcache.core.handover import CHANNELS, Lending
 from lmcache.core.slab import anonymous_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import torch
+
+    from lmcache.core.layout import PageLayout
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -40,6 +42,8 @@ class Span(NamedTuple):
 
 class LentMemory:
     """The memory of some tensors of a CPU."""
+
+    takes_back_at_once = False
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         """Moves the tensors, and all others of their storages, to memory that can be shared.
@@ -64,9 +68,16 @@ class LentMemory:
                 ) from error
             self.spans.append(Span(storage.data_ptr(), length, fd))
 
-    def fds(self) -> list[int]:
-        """The descriptors, for another process."""
-        return [span.fd for span in self.spans]
+    def lend(self, layout: PageLayout) -> tuple[Lending, list[int]]:
+        """For one more visitor: what to say, and the descriptors to send with it."""
+        spans = [(span.address, span.length) for span in self.spans]
+        return Lending(layout=layout, spans=spans), [span.fd for span in self.spans]
+
+    def lent_to(self, pid: int) -> None:
+        """It does not matter whose process it is."""
+
+    def mark(self) -> None:
+        """What the engine has written is there."""
 
     def take_back(self) -> None:
         """Be rid of whoever has the memory mapped. No thread may use the tensors meanwhile."""

@@ -7,7 +7,7 @@ generation it must have and which pages it is for.
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache.core.gate import Gate
 from lmcache.core.kernels.host import HostPages
@@ -18,9 +18,9 @@ from lmcache.core.warming import Warmer
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import torch
-
     from lmcache.core.geometry import Geometry
+    from lmcache.core.kernels.copier import PageCopier
+    from lmcache.core.kernels.staging import Event
     from lmcache.core.layout import PageLayout
     from lmcache.core.slab import Slab
 
@@ -51,27 +51,6 @@ class Move(NamedTuple):
         return [page for page in self.pages if page != HOLE]
 
 
-class PageCopier(Protocol):
-    """Copies between pages and the slab, wherever the pages are."""
-
-    def copy(self, spans: Sequence[Span], region: int | None, *, to_slab: bool) -> int:
-        """Copy all regions of `spans`, or one; return the bytes copied."""
-
-    def close(self) -> None:
-        """End threads and let go of memory."""
-
-
-def _pages_of(
-    layout: PageLayout, slab: Slab, tensors: Sequence[torch.Tensor], threads: int
-) -> PageCopier:
-    planner = Planner(layout)
-    if all(tensor.device.type == "cpu" for tensor in tensors):
-        return HostPages(planner, slab, threads)
-    from lmcache.core.kernels.device import DevicePages
-
-    return DevicePages(tensors, layout, planner, slab)
-
-
 class Mover:
     """Copies one slice of every page, for one worker."""
 
@@ -84,13 +63,13 @@ class Mover:
         number: int = 0,
         slice_index: int = 0,
         writes: bool = True,
-        tensors: Sequence[torch.Tensor] = (),
+        copier: PageCopier | None = None,
         threads: int = 2,
     ) -> None:
-        """`number` says which word of the slab is ours; `tensors` are needed on a device.
+        """`number` says which word of the slab is ours.
 
-        There is one tensor for each region. `writes` is False where another mover stores the same
-        bytes.
+        Without a `copier`, the pages are in this machine's memory, and `threads` copy them.
+        `writes` is False where another mover stores the same bytes.
         """
         self.layout = layout
         self._geometry = geometry
@@ -98,16 +77,25 @@ class Mover:
         self._number = number
         self._slice = slice_index
         self._writes = writes
-        self._pages = _pages_of(layout, slab, tensors, threads)
+        self._pages = copier or HostPages(Planner(layout), slab, threads)
         self._warmer = Warmer(slab)
         self._gate = Gate()
 
-    def store(self, moves: Sequence[Move], region: int | None = None) -> int:
+    def mark(self) -> Event | None:
+        """A point for `after`: all that the engine has done to its pages, or queued on a device.
+
+        To be asked for on the engine's own thread. If it is not None, copies may be made on others.
+        """
+        return self._pages.mark()
+
+    def store(
+        self, moves: Sequence[Move], region: int | None = None, after: Event | None = None
+    ) -> int:
         """Copy pages into slots; returns the bytes copied. `publish` makes the slots complete."""
         with self._gate.passage() as admitted:
             if not admitted or not self._writes or not moves:
                 return 0
-            size = self._copy(moves, region, to_slab=True)
+            size = self._copy(moves, region, after, to_slab=True)
         self._warmer.used(max(m.offset + self._geometry.slot_bytes(m.slot_pages) for m in moves))
         return size
 
@@ -118,14 +106,16 @@ class Mover:
                 if len(move.pages) == move.slot_pages * self.layout.groups:
                     self._slab.write_word(self._tag(move), move.generation)
 
-    def load(self, moves: Sequence[Move], region: int | None = None) -> tuple[int, list[Move]]:
+    def load(
+        self, moves: Sequence[Move], region: int | None = None, after: Event | None = None
+    ) -> tuple[int, list[Move]]:
         """Copy slots into pages: bytes copied, and the moves whose slot was not what was promised.
 
         The pages of a failed move hold garbage. With `region`, only that one is copied.
         """
         with self._gate.passage() as admitted:
             good = [move for move in moves if admitted and self._is_there(move)]
-            size = self._copy(good, region, to_slab=False)
+            size = self._copy(good, region, after, to_slab=False)
             intact = {id(move) for move in good if self._is_there(move)}
         return size, [move for move in moves if id(move) not in intact]
 
@@ -162,11 +152,13 @@ class Mover:
     def _is_there(self, move: Move) -> bool:
         return self._slab.read_word(self._tag(move)) == move.generation
 
-    def _copy(self, moves: Sequence[Move], region: int | None, *, to_slab: bool) -> int:
+    def _copy(
+        self, moves: Sequence[Move], region: int | None, after: Event | None, *, to_slab: bool
+    ) -> int:
         if not moves:
             return 0
         spans = [span for move in moves for span in self._spans(move)]
-        return self._pages.copy(spans, region, to_slab=to_slab)
+        return self._pages.copy(spans, region, to_slab=to_slab, after=after)
 
     def _inside(self, move: Move) -> int:
         last = move.offset + self._geometry.slot_bytes(move.slot_pages)

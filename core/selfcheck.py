@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lmcache.core.errors import LayoutError
 from lmcache.core.geometry import Geometry
+from lmcache.core.kernels.copier import copier_for
 from lmcache.core.kernels.device import as_words
 from lmcache.core.mover import Move, Mover
 from lmcache.core.slab import CONTROL_BYTES, Slab
@@ -41,7 +42,8 @@ def check_layout(
     ]
     geometry = Geometry(layout.page_tokens, 1, (layout.page_bytes,), bytes(32))
     slab = Slab.create(CONTROL_BYTES + geometry.slot_bytes(1))
-    mover = Mover(layout, geometry, slab, tensors=tensors, threads=1)
+    copier = copier_for(layout, slab, tensors, threads=1)
+    mover = Mover(layout, geometry, slab, copier=copier)
     payload = slab.view[CONTROL_BYTES + geometry.payload_offset(0, 1) :]
     kept = [tensor.clone() for tensor in nearby]
     move = Move(CONTROL_BYTES, 0, 1, 0, [page])
@@ -49,11 +51,11 @@ def check_layout(
         for value in (0, 1):
             _fill(nearby, 1 - value)
             _fill(own, value)
-            mover.store([move])
+            mover.store([move], None, mover.mark())
             if bytes(payload[: layout.page_bytes]) != _bytes_of(tensors, layout, value):
                 raise LayoutError(f"{layout.kind}: a stored page is not the engine's page {page}")
             _fill(nearby, 1 - value)
-            mover.load([move])
+            mover.load([move], None, mover.mark())
             for mine, around in zip(own, nearby, strict=True):
                 if int((around == value).sum()) != mine.numel() or not (mine == value).all():
                     raise LayoutError(f"{layout.kind}: a load fills other memory than page {page}")

@@ -8,7 +8,7 @@ from lmcache.adapters.vllm.hooks import Hooks
 from lmcache.adapters.vllm.live import LIVE
 from lmcache.adapters.vllm.scheduler import SchedulerSide
 from lmcache.adapters.vllm.step import Step
-from lmcache.adapters.vllm.translate import namespace_of
+from lmcache.adapters.vllm.translate import fenced_page, namespace_of
 from lmcache.adapters.vllm.wall import guarded, nothing
 from lmcache.adapters.vllm.worker import WorkerSide
 from lmcache.core.assembly import assemble
@@ -173,6 +173,7 @@ def _scheduler_side(
         Joining(attach),
         role=transfer.kv_role,
         details=bool(extra.get("enable_cache_usage_details_in_response")),
+        fenced=fenced_page(vllm_config),
     )
 
 

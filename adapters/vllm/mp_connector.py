@@ -15,7 +15,7 @@ from lmcache.adapters.vllm.live import LIVE
 from lmcache.adapters.vllm.mp_options import MpOptions, split_options
 from lmcache.adapters.vllm.scheduler import SchedulerSide
 from lmcache.adapters.vllm.step import Step
-from lmcache.adapters.vllm.translate import namespace_of
+from lmcache.adapters.vllm.translate import fenced_page, namespace_of
 from lmcache.adapters.vllm.wall import guarded, nothing
 from lmcache.adapters.vllm.worker import WorkerSide
 from lmcache.core.config import LoadedConfig, load_config
@@ -242,6 +242,7 @@ def _scheduler_side(
         role=transfer.kv_role,
         groups=_groups(kv_cache_config),
         outside=True,
+        fenced=fenced_page(vllm_config),
     )
 
 

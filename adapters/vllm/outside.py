@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lmcache.adapters.vllm.step import Copy, Step
+    from lmcache.core.kernels.staging import Event
     from lmcache.core.lender import Lender
     from lmcache.core.mover import Mover
 
@@ -51,12 +52,13 @@ class _Load(NamedTuple):
     mover: Mover | Lender
     progress: Progress
     step: int
+    after: Event | None
 
 
 class OutsideLoads:
     """Makes loads one after another on a thread, and says which requests have theirs."""
 
-    def __init__(self, load: Callable[[Mover | Lender, Copy], list[int]]) -> None:
+    def __init__(self, load: Callable[[Mover | Lender, Copy, Event | None], list[int]]) -> None:
         """`load` fills the pages of a copy and returns those it could not fill."""
         self._load = load
         self.by_request = False
@@ -73,8 +75,9 @@ class OutsideLoads:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="lmcache-loads", daemon=True)
             self._thread.start()
+        after = mover.mark()
         for copy in step.loads:
-            self._queue.put(_Load(copy, mover, progress, step.number))
+            self._queue.put(_Load(copy, mover, progress, step.number, after))
 
     def refuse(self, requests: list[str], pages: list[int]) -> None:
         """These requests will not get their loads: their pages are as they were."""
@@ -113,7 +116,7 @@ class OutsideLoads:
         while (load := self._queue.get()) is not None:
             failed = [page for move in load.copy.moves for page in move.engine_pages]
             try:
-                failed = self._load(load.mover, load.copy)
+                failed = self._load(load.mover, load.copy, load.after)
             except Exception:
                 logger.exception("a load failed")
             finally:

@@ -56,10 +56,14 @@ class SchedulerSide:
         groups: Groups | None = None,
         details: bool = False,
         outside: bool = False,
+        fenced: int = 0,
     ) -> None:
         """With `details`, each response says how many of its tokens were loaded.
 
         With `outside`, requests wait for their loads outside the batch.
+
+        `fenced` are the tokens of a page where stores are made behind the engine: then each step
+        says which pages it writes to that were another's.
         """
         self._config = config
         self._namespace = namespace
@@ -70,6 +74,7 @@ class SchedulerSide:
         )
         self._details = details
         self._outside = outside
+        self._fenced = fenced
         self._groups = groups or Groups()
         self._tracked: dict[str, Tracked] = {}
         self._promises: dict[str, Promise] = {}
@@ -187,14 +192,11 @@ class SchedulerSide:
             raise
         for request_id in kept:
             del self._promises[request_id]
-        self._own_up(step, scheduled)
-        return step
+        return self._whole(step, scheduled)
 
     def without_copies(self, scheduled: Any) -> Step:
         """A step that copies nothing, and says what vLLM must not count on."""
-        step = Step()
-        self._own_up(step, scheduled)
-        return step
+        return self._whole(Step(), scheduled)
 
     def lose_track(self) -> None:
         """A step was not built: page tables lack what it brought, and are good for nothing more."""
@@ -223,6 +225,13 @@ class SchedulerSide:
                 if fresh:
                     tables = joined(tables, fresh)
                 yield request_id, tables, cached.num_computed_tokens[i]
+
+    def _whole(self, step: Step, scheduled: Any) -> Step:
+        """The step with what it says whatever it copies."""
+        self._own_up(step, scheduled)
+        if self._fenced:
+            step.fresh = list(_fresh(scheduled, self._fenced))
+        return step
 
     def _own_up(self, step: Step, scheduled: Any) -> None:
         """Tell the workers what requests were promised and will not get: vLLM must not use it."""
@@ -329,3 +338,16 @@ class SchedulerSide:
         hit = cache.lookup(request.request_id, tracked.chain, request.num_tokens)
         tracked.hit = hit or tracked.hit
         return hit
+
+
+def _fresh(scheduled: Any, page_tokens: int) -> Iterator[int]:
+    """Pages given out with a step that hold nothing which has been computed."""
+    for new in scheduled.scheduled_new_reqs:
+        for table in new.block_ids:
+            yield from table[new.num_computed_tokens // page_tokens :]
+    cached = scheduled.scheduled_cached_reqs
+    for i, request_id in enumerate(cached.req_ids):
+        is_whole = request_id in cached.resumed_req_ids
+        first = cached.num_computed_tokens[i] // page_tokens if is_whole else 0
+        for table in cached.new_block_ids[i] or ():
+            yield from table[first:]

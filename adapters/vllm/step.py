@@ -53,6 +53,9 @@ class Step(KVConnectorMetadata):
     """Answer with this when all is done; 0 if nothing is to be done."""
     loads: list[Copy] = field(default_factory=list)
     stores: list[Copy] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)
+    """Pages that vLLM has given out anew and that the step may write to, where stores are made
+    behind it."""
     lost: list[int] = field(default_factory=list)
     """Pages that vLLM expects to be loaded and that will not be."""
     unloaded: list[str] = field(default_factory=list)

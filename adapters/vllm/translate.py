@@ -179,6 +179,12 @@ def check_parallel(vllm_config: VllmConfig) -> None:
             raise LayoutError(f"{name} is {size}: the tokens of a page are spread over ranks")
 
 
+def fenced_page(vllm_config: VllmConfig) -> int:
+    """Tokens of a page on a device, where vLLM goes on while its pages are stored; else 0."""
+    on_host = vllm_config.device_config.device_type == "cpu"
+    return 0 if on_host else vllm_config.cache_config.block_size
+
+
 def slice_of(vllm_config: VllmConfig) -> int:
     """Which slice of every page this worker holds; MLA ranks of a stage hold the same one."""
     parallel, rank = vllm_config.parallel_config, vllm_config.parallel_config.rank

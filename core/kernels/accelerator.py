@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from lmcache.core.kernels.host import HostCopier
-from lmcache.core.kernels.paths import DIRECT, KERNEL
+from lmcache.core.kernels.paths import DIRECT, KERNEL, STAGED
 from lmcache.core.kernels.pinning import are_held
 from lmcache.core.kernels.staging import BUFFER_BYTES, Staging
 from lmcache.core.kernels.tiles import Tiler, absolute
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from lmcache.core.kernels.paths import Paths
@@ -52,6 +53,7 @@ class AcceleratorPages:
         self._planner = planner
         self._pins = pins
         self._paths = paths
+        self._guarded = device.guarded
         self._slab = np.int64(slab.address)
         self._host = HostCopier(threads)
         self._tiler = Tiler(planner, layout, buffer_bytes)
@@ -75,6 +77,8 @@ class AcceleratorPages:
         regions = self._layout.regions if region is None else (self._layout.regions[region],)
         size = len(pages.ids) * sum(one.page_bytes for one in regions)
         path = self._paths.choose(size / self._runs(pages, region), to_slab=to_slab)
+        if path == DIRECT and self._guarded and not to_slab:
+            path = STAGED
         with self._pins.held() as held:
             if path == DIRECT and self._copy_runs(spans, region, held, after, to_slab=to_slab):
                 return size
@@ -134,6 +138,38 @@ class AcceleratorPages:
         chosen = range(len(self._layout.regions)) if region is None else range(region, region + 1)
         self._stream.launch(chosen, absolute(pages, int(self._slab)), to_stored=to_slab)
         self._stream.synchronize()
+
+
+class BothWays:
+    """Stores and loads of the same pages, each way by itself. For any thread."""
+
+    def __init__(self, make: Callable[[], AcceleratorPages]) -> None:
+        """`make` is called once for each way."""
+        self._ways: dict[bool, AcceleratorPages] = {}
+        self._turns = {True: threading.Lock(), False: threading.Lock()}
+        try:
+            for to_slab in self._turns:
+                self._ways[to_slab] = make()
+        except BaseException:
+            self.close()
+            raise
+
+    def copy(
+        self,
+        spans: Sequence[Span],
+        region: int | None,
+        *,
+        to_slab: bool,
+        after: Event | None = None,
+    ) -> int:
+        """As `AcceleratorPages` does; those of one way take turns."""
+        with self._turns[to_slab]:
+            return self._ways[to_slab].copy(spans, region, to_slab=to_slab, after=after)
+
+    def close(self) -> None:
+        """End the threads."""
+        for pages in self._ways.values():
+            pages.close()
 
 
 def _all_held(spans: Sequence[Span], page_bytes: int, held: Int64s) -> bool:

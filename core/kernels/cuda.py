@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmcache.core.kernels.accelerator import AcceleratorPages
+from lmcache.core.kernels.accelerator import AcceleratorPages, BothWays
 from lmcache.core.kernels.calibrate import Notebook, calibrate
 from lmcache.core.kernels.driver import Driver
 from lmcache.core.kernels.paged import PagedKernel
-from lmcache.core.kernels.paths import Paths, Table
+from lmcache.core.kernels.paths import Paths, forced_path
 from lmcache.core.kernels.pinning import Pins
 
 if TYPE_CHECKING:
-    from lmcache.core.kernels.plan import Int64s, Pages, Planner, Shape
+    from collections.abc import Sequence
+
+    from lmcache.core.kernels.plan import Int64s, Pages, Planner, Shape, Span
+    from lmcache.core.kernels.staging import Event
     from lmcache.core.layout import PageLayout
     from lmcache.core.slab import Slab
 
@@ -62,9 +65,10 @@ class CudaStream:
 
 
 class Kernels:
-    """The kernels of one layout."""
+    """The kernels of one layout, which write to its pages only if the guard, if any, lets them."""
 
-    def __init__(self, planner: Planner, device: torch.device) -> None:
+    def __init__(self, planner: Planner, device: torch.device, guard: int) -> None:
+        self._guard = guard
         self._shapes = [(shape, PagedKernel(shape, device)) for shape in planner.shapes]
         torch.cuda.current_stream(device).synchronize()  # other streams read these tables
 
@@ -73,7 +77,8 @@ class Kernels:
         for shape, kernel in self._shapes:
             rows = _rows(shape, regions)
             if rows:
-                kernel.launch(pages, to_stored=to_stored, regions=rows)
+                guard = 0 if to_stored else self._guard
+                kernel.launch(pages, to_stored=to_stored, regions=rows, guard=guard)
 
 
 def _rows(shape: Shape, regions: range) -> range:
@@ -87,12 +92,18 @@ class CudaDevice:
     """Makes streams and memory on one GPU."""
 
     def __init__(
-        self, planner: Planner, device: torch.device, driver: Driver | None = None
+        self,
+        planner: Planner,
+        device: torch.device,
+        driver: Driver | None = None,
+        guard: int = 0,
     ) -> None:
         """Raises `DeviceError` without a driver."""
         self._device = device
         self._driver = driver or Driver()
-        self._kernels = Kernels(planner, device)
+        self._driver.bind(device.index)
+        self.guarded = bool(guard)
+        self._kernels = Kernels(planner, device, guard)
 
     def stream(self) -> CudaStream:
         """Beside all streams of the engine."""
@@ -111,43 +122,92 @@ class CudaDevice:
 
 
 class _Registrar:
-    """Pins memory on any thread: each must have been told which device is meant."""
+    """Pins memory on any thread."""
 
-    def __init__(self, driver: Driver, device: torch.device) -> None:
+    def __init__(self, driver: Driver, device: int) -> None:
         self._driver = driver
         self._device = device
 
     def register(self, address: int, size: int) -> None:
-        torch.cuda.set_device(self._device)
+        self._driver.bind(self._device)
         self._driver.register(address, size)
 
     def unregister(self, address: int) -> None:
-        torch.cuda.set_device(self._device)
+        self._driver.bind(self._device)
         self._driver.unregister(address)
 
 
-class CudaPages(AcceleratorPages):
-    """Pages on a CUDA device, with the slab being pinned from now on."""
+class CudaPages:
+    """Pages on a CUDA device, with the slab being pinned from now on. For any thread."""
 
     def __init__(
-        self, layout: PageLayout, planner: Planner, slab: Slab, device: torch.device, threads: int
+        self,
+        layout: PageLayout,
+        planner: Planner,
+        slab: Slab,
+        device: torch.device,
+        threads: int,
+        *,
+        guard: int = 0,
     ) -> None:
-        """Measures the paths if that was never done on this machine. Raises `DeviceError`."""
-        driver = Driver()
-        made = CudaDevice(planner, device, driver)
-        paths = Paths(_table(device, driver))
-        self._pinned = Pins(slab, _Registrar(driver, device))
-        super().__init__(
-            layout, planner, made, slab, pins=self._pinned, paths=paths, threads=threads
-        )
+        """With `guard`, the address of a guard's word, only what that lets in writes to the pages.
+
+        Raises as `paths_of` does.
+        """
+        self.paths = paths_of(device)
+        self._device = device
+        self._driver = Driver()
+        self._driver.bind(device.index)
+        made = CudaDevice(planner, device, self._driver, guard)
+        self._pins = Pins(slab, _Registrar(self._driver, device.index))
+        try:
+            self._ways = BothWays(
+                lambda: AcceleratorPages(
+                    layout,
+                    planner,
+                    made,
+                    slab,
+                    pins=self._pins,
+                    paths=self.paths,
+                    threads=threads,
+                )
+            )
+        except BaseException:
+            self._pins.close()
+            raise
+
+    def mark(self) -> torch.cuda.Event:
+        """What the calling thread has queued so far, on torch's current stream."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def copy(
+        self,
+        spans: Sequence[Span],
+        region: int | None,
+        *,
+        to_slab: bool,
+        after: Event | None = None,
+    ) -> int:
+        """As `AcceleratorPages` does; a store and a load may be under way at a time."""
+        self._driver.bind(self._device.index)
+        return self._ways.copy(spans, region, to_slab=to_slab, after=after)
 
     def close(self) -> None:
         """Let go of the slab as well."""
-        super().close()
-        self._pinned.close()
+        self._ways.close()
+        self._pins.close()
 
 
-def _table(device: torch.device, driver: Driver) -> Table:
+def paths_of(device: torch.device) -> Paths:
+    """The fastest paths of a device: measured once, which takes seconds, and kept in a file.
+
+    Raises `DeviceError` without a driver, `ConfigError` for a forced path that is none.
+    """
+    forced = forced_path()
+    driver = Driver()
+    driver.bind(device.index)
     name = torch.cuda.get_device_name(device)
     machine = f"{name}, CUDA {torch.version.cuda}, driver {driver.version}"
     notebook = Notebook()
@@ -155,4 +215,4 @@ def _table(device: torch.device, driver: Driver) -> Table:
     if table is None:
         table = calibrate(lambda planner: CudaDevice(planner, device, driver))
         notebook.keep(machine, table)
-    return table
+    return Paths(table, forced)

@@ -33,7 +33,12 @@ class DevicePages:
         self._num_pages = layout.num_pages
         self._slab = torch.frombuffer(slab.view, dtype=torch.uint8)
 
-    def copy(self, spans: Sequence[Span], region: int | None, *, to_slab: bool) -> int:
+    def mark(self) -> None:
+        """A copy is ordered by the stream anyway."""
+
+    def copy(
+        self, spans: Sequence[Span], region: int | None, *, to_slab: bool, after: object = None
+    ) -> int:
         """Copy `spans`, whose payloads are slab offsets; done when the current stream is."""
         self._planner.plan(spans, 0)  # refuses pages and objects that are out of range
         chosen = range(len(self._views)) if region is None else (region,)

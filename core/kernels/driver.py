@@ -20,10 +20,16 @@ BATCH_SINCE = 12080
 """CUDA 12.8 has the first `cuMemcpyBatchAsync`; later drivers keep that form of it."""
 IN_STREAM_ORDER, IN_ANY_ORDER = 1, 3
 _PORTABLE_AND_MAPPED = 1 | 2
+_LAZY_PEER_ACCESS = 1
+HANDLE_BYTES = 64
 
 
 class _Location(ctypes.Structure):
     _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_byte * HANDLE_BYTES),)
 
 
 class _Attributes(ctypes.Structure):
@@ -50,6 +56,7 @@ class Driver:
         self._library = library or _load()
         self._check("cuInit", self._library.cuInit(0))
         self._batch = self._find("cuMemcpyBatchAsync", BATCH_SINCE)
+        self._contexts: dict[int, ctypes.c_void_p] = {}
 
     @property
     def copies_batches(self) -> bool:
@@ -62,6 +69,12 @@ class Driver:
         found = ctypes.c_int()
         self._check("cuDriverGetVersion", self._library.cuDriverGetVersion(ctypes.byref(found)))
         return found.value
+
+    def bind(self, device: int) -> None:
+        """Have the other calls of this thread mean a device, by the context that torch uses."""
+        if device not in self._contexts:
+            self._contexts[device] = self._retain(device)
+        self._check("cuCtxSetCurrent", self._library.cuCtxSetCurrent(self._contexts[device]))
 
     def copy(
         self, target: Int64s, source: Int64s, length: Int64s, stream: int, *, stays: bool = False
@@ -92,6 +105,53 @@ class Driver:
         code = self._library.cuMemHostUnregister(ctypes.c_void_p(address))
         self._check("cuMemHostUnregister", code)
 
+    def identity(self, device: int) -> bytes:
+        """16 bytes that tell a device from all others, in any process."""
+        number, found = ctypes.c_int(), ctypes.create_string_buffer(16)
+        code = self._library.cuDeviceGet(ctypes.byref(number), ctypes.c_int(device))
+        self._check("cuDeviceGet", code)
+        self._check("cuDeviceGetUuid", self._library.cuDeviceGetUuid_v2(found, number))
+        return found.raw
+
+    def device_with(self, identity: bytes) -> int:
+        """The number of a device in this process. Raises `DeviceError` if we have no such one."""
+        count = ctypes.c_int()
+        self._check("cuDeviceGetCount", self._library.cuDeviceGetCount(ctypes.byref(count)))
+        for device in range(count.value):
+            if self.identity(device) == identity:
+                return device
+        raise DeviceError(f"no GPU {identity.hex()} among the {count.value} of this process")
+
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        """Address and size of the allocation in which device memory lies."""
+        base, size = ctypes.c_uint64(), ctypes.c_size_t()
+        code = self._library.cuMemGetAddressRange_v2(
+            ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address)
+        )
+        self._check("cuMemGetAddressRange", code)
+        return base.value, size.value
+
+    def share(self, base: int) -> bytes:
+        """A handle of an allocation, for other processes. Virtual memory has none."""
+        handle = _Handle()
+        code = self._library.cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_uint64(base))
+        self._check("cuIpcGetMemHandle", code)
+        return bytes(handle)
+
+    def open_shared(self, handle: bytes) -> int:
+        """Where another process's allocation is from now on, on the device of this thread."""
+        found = ctypes.c_uint64()
+        code = self._library.cuIpcOpenMemHandle_v2(
+            ctypes.byref(found), _Handle.from_buffer_copy(handle), ctypes.c_uint(_LAZY_PEER_ACCESS)
+        )
+        self._check("cuIpcOpenMemHandle", code)
+        return found.value
+
+    def close_shared(self, base: int) -> None:
+        """Undo `open_shared`; no work of ours may use the memory any more."""
+        code = self._library.cuIpcCloseMemHandle(ctypes.c_uint64(base))
+        self._check("cuIpcCloseMemHandle", code)
+
     def device_address(self, address: int) -> int:
         """Where the device sees a registered address; elsewhere on WSL 2, for one."""
         found = ctypes.c_uint64()
@@ -102,6 +162,14 @@ class Driver:
         return found.value
 
     # ----
+
+    def _retain(self, device: int) -> ctypes.c_void_p:
+        number, context = ctypes.c_int(), ctypes.c_void_p()
+        code = self._library.cuDeviceGet(ctypes.byref(number), ctypes.c_int(device))
+        self._check("cuDeviceGet", code)
+        code = self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
+        self._check("cuDevicePrimaryCtxRetain", code)
+        return context
 
     def _copy_batch(self, columns: list[Int64s], order: int, stream: int) -> None:
         attributes = _Attributes(order=order)

@@ -58,7 +58,12 @@ class HostPages:
         self._address = slab.address
         self._copier = HostCopier(threads)
 
-    def copy(self, spans: Sequence[Span], region: int | None, *, to_slab: bool) -> int:
+    def mark(self) -> None:
+        """What has been written is there."""
+
+    def copy(
+        self, spans: Sequence[Span], region: int | None, *, to_slab: bool, after: object = None
+    ) -> int:
         """Copy `spans`, whose payloads are slab offsets; done when this returns."""
         runs = self._planner.plan(spans, region)
         stored = runs.stored + np.int64(self._address)

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lmcache.core.kernels.guard import enter, leave
 from lmcache.core.kernels.words import PROGRAMS, WARPS, copy_rows, tile_bytes, word_of
 
 if TYPE_CHECKING:
@@ -36,12 +37,16 @@ def _paged_kernel(
     run_bytes,
     first_region,
     tasks,
+    guard,  # address of an int32, see `guard.py`
     TO_STORED: tl.constexpr,
+    GUARDED: tl.constexpr,
     WORD: tl.constexpr,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     pieces = (run_bytes + PIECE - 1) // PIECE
+    if GUARDED:
+        tasks = tl.where(enter(guard), tasks, 0)
     for first in range(tl.program_id(0) * ROWS, tasks, tl.num_programs(0) * ROWS):
         task = first + tl.arange(0, ROWS)
         live = task < tasks
@@ -65,6 +70,8 @@ def _paged_kernel(
             copy_rows(engine + begin, stored + begin, length, WORD, PIECE)
         else:
             copy_rows(stored + begin, engine + begin, length, WORD, PIECE)
+    if GUARDED:
+        leave(guard)
 
 
 class PagedKernel:
@@ -87,10 +94,12 @@ class PagedKernel:
         to_stored: bool,
         regions: range | None = None,
         programs: int = PROGRAMS,
+        guard: int = 0,
     ) -> None:
         """Copy `pages` of all regions, or of a range of the shape's; done when the stream is.
 
         `payload` holds absolute addresses. Entries that stand for several pages are not taken.
+        With `guard`, the address of a guard's word, nothing is copied once that has been shut.
         """
         n_regions, n_runs = self._offsets.shape
         chosen = range(n_regions) if regions is None else regions
@@ -113,7 +122,9 @@ class PagedKernel:
             self._run_bytes,
             chosen.start,
             tasks,
+            guard,
             TO_STORED=to_stored,
+            GUARDED=bool(guard),
             WORD=word,
             PIECE=piece,
             ROWS=rows,

@@ -12,6 +12,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
+from lmcache.core.environment import environment_text
+from lmcache.core.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -26,13 +29,22 @@ class Paths:
 
     def __init__(self, table: Mapping[str, Mapping[int, str]], forced: str = "") -> None:
         """`table` has an entry for stores and one for loads, each with at least one length."""
-        self._forced = forced
+        self.forced = forced
+        """The path that is taken whatever the table says, if any."""
         self._from = {name: sorted(row) for name, row in table.items()}
         self._path = {name: [row[n] for n in sorted(row)] for name, row in table.items()}
 
     def choose(self, run_bytes: float, *, to_slab: bool) -> str:
         """One of `PATHS`."""
-        if self._forced:
-            return self._forced
+        if self.forced:
+            return self.forced
         name = "store" if to_slab else "load"
         return self._path[name][max(0, bisect_right(self._from[name], run_bytes) - 1)]
+
+
+def forced_path() -> str:
+    """What `LMCACHE_COPY_PATH` says, if anything. Raises `ConfigError` if that is no path."""
+    path = environment_text("LMCACHE_COPY_PATH")
+    if path not in ("", *PATHS):
+        raise ConfigError(f"LMCACHE_COPY_PATH is {path!r}, expected one of {', '.join(PATHS)}")
+    return path

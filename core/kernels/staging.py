@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BUFFERS = 3
 """One that is filled, one that is emptied, and one so that neither waits for the other."""
-BUFFER_BYTES = 32 << 20
+BUFFER_BYTES = 16 << 20
 
 
 class Event(Protocol):
@@ -63,6 +63,9 @@ class Memory(Protocol):
 
 class Device(Protocol):
     """Where pages and buffers lie."""
+
+    guarded: bool
+    """Whether nothing but a kernel may write to the pages: they are another process's."""
 
     def stream(self) -> Stream:
         """A new stream, beside all others."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import lmcache
@@ -13,7 +14,7 @@ from lmcache.core.engine import moves_for
 from lmcache.core.environment import environment_text
 from lmcache.core.errors import ServiceError
 from lmcache.core.geometry import Geometry
-from lmcache.core.handover import Door, Grant, Hello, Lending, address_of
+from lmcache.core.handover import Door, Grant, Hello, address_of
 from lmcache.core.keys import Identity, Namespace, root_key
 from lmcache.core.lender import Lender
 from lmcache.core.mover import Mover
@@ -49,10 +50,6 @@ class BenchEngine:
         self.pages = pages
         self._mover: Mover | Lender | None = None
         engine = f"bench-{uuid.uuid4()}"
-        lends = None
-        if pages.lent:
-            spans = [(span.address, span.length) for span in pages.lent.spans]
-            lends = Lending(layout=pages.layout, spans=spans)
         hello = Hello(
             number=0,
             page_tokens=pages.block_size,
@@ -60,10 +57,9 @@ class BenchEngine:
             fingerprint=pages.layout.fingerprint,
             slice_index=0,
             pid=os.getpid(),
-            lends=lends,
         )
-        lent = pages.lent.fds if pages.lent else None
-        self._door = Door(address_of(engine, 0), hello, self._attach, self._detach, lent)
+        lends = partial(pages.lent.lend, pages.layout) if pages.lent else None
+        self._door = Door(address_of(engine, 0), hello, self._attach, self._detach, lends)
         self._namespace = Namespace(
             model="bench", generation=engine if fresh else "", dtype="", layout=""
         )
@@ -156,7 +152,7 @@ class BenchEngine:
                 self.pages.layout,
                 fds,
                 DEADLINE_S,
-                take_back=self.pages.lent.take_back,
+                memory=self.pages.lent,
                 given_up=self._door.hang_up,
             )
             return

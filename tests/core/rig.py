@@ -7,6 +7,7 @@ whatever bytes a cache puts into a page can be checked without knowing where the
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -72,12 +73,16 @@ class Pages:
         page_tokens=PAGE_TOKENS,
         kind="rig",
         lends=False,
+        memory=None,
     ):
         self.count = count
         self.slice_index = slice_index
         shape = (REGIONS, count, page_tokens, width)
         self.lent = None
-        self.memory = np.full(shape, POISON, np.uint8)
+        if memory is None:
+            memory = np.empty(math.prod(shape), np.uint8)
+        self.memory = memory[: math.prod(shape)].reshape(shape)
+        self.memory[:] = POISON
         if lends:
             tensor = torch.from_numpy(self.memory).clone()
             self.lent = LentMemory([tensor])

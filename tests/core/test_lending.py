@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+import msgspec
 import pytest
 import rig
 import torch
@@ -12,7 +13,7 @@ import torch
 from lmcache.core.attachment import Attachment
 from lmcache.core.engine import moves_for
 from lmcache.core.errors import HandoverError
-from lmcache.core.handover import Door, Lending, address_of
+from lmcache.core.handover import Door, address_of
 from lmcache.core.lender import Lender
 from lmcache.core.lent_memory import LentMemory
 from lmcache.core.receipts import Reason
@@ -30,22 +31,21 @@ class LendingRank:
         self.deadline_s = deadline_s
         self.mover = None
         self.old = []
-        lends = Lending(
-            layout=self.pages.layout,
-            spans=spans or [(span.address, span.length) for span in self.memory.spans],
-        )
-        hello = rig.hello(number, slice_index=number, pages=self.pages, lends=lends)
-        self.door = Door(
-            address_of(engine, number), hello, self.attach, self.leave, self.memory.fds
-        )
+        self.spans = spans
+        hello = rig.hello(number, slice_index=number, pages=self.pages)
+        self.door = Door(address_of(engine, number), hello, self.attach, self.leave, self.lend)
         workshop.later(self.close)
+
+    def lend(self):
+        lending, fds = self.memory.lend(self.pages.layout)
+        return msgspec.structs.replace(lending, spans=self.spans or lending.spans), fds
 
     def attach(self, grant, channels):
         self.mover = Lender(
             self.pages.layout,
             channels,
             self.deadline_s,
-            take_back=self.memory.take_back,
+            memory=self.memory,
             given_up=self.door.hang_up,
         )
 

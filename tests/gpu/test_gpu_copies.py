@@ -11,7 +11,7 @@ import torch
 
 from lmcache import c_ops
 from lmcache.core.errors import DeviceError
-from lmcache.core.kernels.paths import PATHS, Paths
+from lmcache.core.kernels.paths import PATHS
 from lmcache.core.kernels.plan import Planner, Span
 from lmcache.core.slab import Slab
 
@@ -37,7 +37,7 @@ def slab():
 
 def forced(pages, path):
     """Have it take one path, and wait until the slab is pinned."""
-    pages._paths = Paths({}, path)
+    pages.paths.forced = path
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         with pages._pins.held() as ends:
@@ -161,7 +161,7 @@ def test_what_is_not_pinned_goes_through_a_small_buffer(on_gpu, slab, device, mo
     expected = pool.object(PAGES)
     spans = [Span(12345, len(PAGES), 0, PAGES)]
     for path in PATHS:
-        copies._paths = Paths({}, path)
+        copies.paths.forced = path
         slab.view[:] = bytes(slab.size)
         copies.copy(spans, None, to_slab=True)
         assert bytes(slab.view[12345 : 12345 + len(expected)]) == expected.numpy().tobytes()
@@ -177,7 +177,8 @@ def test_the_slab_is_pinned_and_let_go(slab, device):
     from lmcache.core.kernels.pinning import Pins
 
     driver = Driver()
-    pins = Pins(slab, _Registrar(driver, device))
+    driver.bind(device.index)
+    pins = Pins(slab, _Registrar(driver, device.index))
     pins._thread.join(30)
     with pins.held() as ends:
         assert ends.tolist() == [slab.size]

@@ -17,11 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lmcache.core.kernels import fp8, paged, scattered
+from lmcache.core.kernels import fp8, guard, paged, scattered
 from lmcache.core.kernels.words import WARPS, WORDS, tile_bytes
 
 CAPABILITIES = (80, 89, 90, 100)
 TABLES = {"pages": "*i64", "regions": "*i64", "offsets": "*i64", "places": "*i64", "runs": "*i64"}
+TABLES["guard"] = "i64"
 CONVERSIONS = (
     (fp8._encode_kernel, {"source": "*bf16", "target": "*u8", "count": "i64", "scale": "fp32"}),
     (fp8._decode_kernel, {"source": "*u8", "target": "*bf16", "count": "i64", "scale": "fp32"}),
@@ -32,10 +33,12 @@ def variants():
     for word in WORDS:
         tile = tile_bytes(word)
         yield scattered._runs_kernel, TABLES, {"WORD": word, "PIECE": tile}
-        for to_stored in (False, True):
+        for way in ((True, False), (False, False), (False, True)):
             for rows in (1, 16):
                 shape = {"WORD": word, "PIECE": tile // rows, "ROWS": rows}
-                yield paged._paged_kernel, TABLES, {"TO_STORED": to_stored, **shape}
+                constants = dict(zip(("TO_STORED", "GUARDED"), way, strict=True))
+                yield paged._paged_kernel, TABLES, {**constants, **shape}
+    yield guard.shut_kernel, {"word": "*i32"}, {"BIT": guard.SHUT}
     for kernel, types in CONVERSIONS:
         yield kernel, types, {"BLOCK": fp8.BLOCK}
 
@@ -80,6 +83,7 @@ def main():
                     "capability": capability,
                     **constants,
                     "accesses": Counter(re.findall(r"\b(?:ld|st)\.global\S*", ptx)),
+                    "order": re.findall(r"\b(?:atom|red|bar|st\.global\.cs)\S*", ptx),
                     "has_local": bool(re.search(r"\.local\b", ptx)),
                     "stack": stack_bytes(binary.asm["cubin"]),
                     "cubin_bytes": len(binary.asm["cubin"]),

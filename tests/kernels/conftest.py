@@ -17,7 +17,7 @@ for name in ("pools", "lazy"):
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 
-NAMES = ("words", "paged", "scattered", "fp8")
+NAMES = ("words", "guard", "paged", "scattered", "fp8")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import threading
 from collections import deque
 
 import numpy as np
@@ -50,14 +51,15 @@ class Stream:
         return event
 
     def wait(self, event):
-        self.queue.append(event)
+        self._add(event)
 
     def synchronize(self):
         self.device.run_until(lambda: not self.queue)
 
     def _add(self, work):
-        self.queue.append(work)
-        self.device.maybe_run()
+        with self.device.lock:
+            self.queue.append(work)
+            self.device.maybe_run()
 
     def step(self):
         """Do what is next; whether anything could be done."""
@@ -79,9 +81,12 @@ class Memory:
 
 
 class LazyDevice:
-    """`fails_after` so many runs of bytes, an error is raised by whoever queues work."""
+    """For any thread."""
+
+    guarded = False
 
     def __init__(self, planner, seed):
+        self.lock = threading.RLock()
         self.planner = planner
         self.random = random.Random(seed)
         self.streams = []
@@ -90,8 +95,9 @@ class LazyDevice:
         """Of each run that was copied: target, source, length."""
 
     def stream(self):
-        self.streams.append(Stream(self))
-        return self.streams[-1]
+        with self.lock:
+            self.streams.append(Stream(self))
+            return self.streams[-1]
 
     def buffer(self, size):
         self.made.append(Memory(size))
@@ -113,8 +119,11 @@ class LazyDevice:
             pass
 
     def run_until(self, is_enough):
-        while not is_enough():
-            assert self._step(), "a wait that never ends"
+        while True:
+            with self.lock:
+                if is_enough():
+                    return
+                assert self._step(), "a wait that never ends"
 
     def _step(self):
         streams = self.random.sample(self.streams, len(self.streams))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 
 import numpy as np
 import pytest
@@ -94,6 +95,46 @@ class Library:
         found._obj.value = address.value + 7
         return self._said("address")
 
+    def cuDeviceGetCount(self, found):
+        found._obj.value = 2
+        return self._said("count")
+
+    def cuDeviceGet(self, found, ordinal):
+        assert ordinal.value in (0, 1)
+        found._obj.value = 40 + ordinal.value
+        return self._said("device")
+
+    def cuDeviceGetUuid_v2(self, found, device):
+        found.raw = bytes([device.value]) * 16
+        return self._said("uuid")
+
+    def cuDevicePrimaryCtxRetain(self, found, device):
+        found._obj.value = 0xC0 + device.value
+        return self._said("retain")
+
+    def cuCtxSetCurrent(self, context):
+        self.current = context.value
+        return self._said("current")
+
+    def cuMemGetAddressRange_v2(self, base, size, address):
+        base._obj.value, size._obj.value = address.value & ~0xFFFF, 0x10000
+        return self._said("range")
+
+    def cuIpcGetMemHandle(self, handle, address):
+        assert not address.value & 0xFFFF, "only a whole allocation has a handle"
+        handle._obj.reserved[:] = struct.pack("<Q", address.value) + bytes(56)
+        return self._said("share")
+
+    def cuIpcOpenMemHandle_v2(self, found, handle, flags):
+        assert flags.value == 1
+        [address] = struct.unpack_from("<Q", bytes(handle))
+        found._obj.value = address + (1 << 40)
+        return self._said("open")
+
+    def cuIpcCloseMemHandle(self, address):
+        assert address.value >= 1 << 40
+        return self._said("close")
+
 
 @pytest.mark.parametrize("has_batch", [True, False])
 def test_runs_are_copied(has_batch):
@@ -141,11 +182,43 @@ def test_memory_is_pinned_and_let_go():
         ("register", True, lambda made: made.register(1 << 20, 4096)),
         ("version", True, lambda made: made.version),
         ("address", True, lambda made: made.device_address(1 << 20)),
+        ("count", True, lambda made: made.device_with(bytes(16))),
+        ("uuid", True, lambda made: made.identity(1)),
+        ("retain", True, lambda made: made.bind(1)),
+        ("current", True, lambda made: made.bind(1)),
+        ("range", True, lambda made: made.allocation_of(1 << 20)),
+        ("share", True, lambda made: made.share(1 << 20)),
+        ("open", True, lambda made: made.open_shared(bytes(64))),
+        ("close", True, lambda made: made.close_shared(1 << 40)),
     ],
 )
 def test_an_error_names_the_call_and_the_reason(fails, has_batch, act):
     with pytest.raises(DeviceError, match=r"^cu\w+ failed with 999: out of luck$"):
         act(Driver(Library(has_batch=has_batch, fails=[fails])))
+
+
+def test_a_thread_means_the_device_it_was_bound_to():
+    library = Library()
+    made = Driver(library)
+    for device in (1, 0, 1):
+        made.bind(device)
+        assert library.current == 0xC0 + 40 + device
+    assert library.calls.count("retain") == 2, "each context is retained once"
+
+
+def test_a_device_is_found_by_its_identity():
+    made = Driver(Library())
+    assert made.device_with(made.identity(1)) == 1
+    with pytest.raises(DeviceError, match=f"no GPU {'07' * 16} among the 2"):
+        made.device_with(b"\7" * 16)
+
+
+def test_memory_is_shared_by_whole_allocations():
+    made = Driver(Library())
+    assert made.allocation_of(0x12345678) == (0x12340000, 0x10000)
+    there = made.open_shared(made.share(0x12340000))
+    assert there == 0x12340000 + (1 << 40)
+    made.close_shared(there)
 
 
 def test_no_driver(monkeypatch):

@@ -45,6 +45,8 @@ def rig() -> ModuleType:
         load("codes")
         load("runner")
         load("other")
+        load("lazy", HERE.parents[1] / "kernels")
+        load("gpu")
         return load("rig")
 
 

@@ -140,10 +140,11 @@ class Engine:
         engine_id: str | None = None,
         with_workers: bool = True,
         only_rank: int | None = None,
+        gpu: Any = None,
     ) -> None:
         """`room_bytes` are for slots; `options` are our configuration, `extra` the rest of
         `kv_connector_extra_config`. `windows` say for each layer how far back it looks. With
-        `house`, the cache is that server's.
+        `house`, the cache is that server's. With `gpu`, the pages are that device's.
         """
         self.house = house
         self.mla = mla
@@ -191,6 +192,8 @@ class Engine:
         config.scheduler_config.async_scheduling = asynchronous
         config.scheduler_config.policy = scheduling
         config.scheduler_config.disable_hybrid_kv_cache_manager = house is None
+        if gpu:
+            config.device_config = DeviceConfig("cuda")
         config.parallel_config = copy.copy(base.parallel_config)
         config.parallel_config.tensor_parallel_size = ranks
         config.parallel_config.world_size = ranks
@@ -207,6 +210,8 @@ class Engine:
             for group in self.kv_config.kv_cache_groups
         ]
         self.runner = Runner([], PAGE, groups)
+        if gpu:
+            self.runner.stream, self.runner.runs_ahead = gpu.stream, asynchronous
         self.runner.windows = [windows[layers[0]] for layers in groups]
         if with_workers:
             self.start_workers()
@@ -363,6 +368,15 @@ class Engine:
         if self.asynchronous:
             self.complete(self.schedule())
             self.complete(self.schedule())
+
+    def settle(self) -> None:
+        """See that everything behind the engine has ended."""
+        if self.runner.stream:
+            self.runner.stream.synchronize()
+        for rank in self.ranks:
+            rank.side.stores._fence._pool.wait()
+        self.step()
+        self.drain()
 
     def generate(self, name: str, prompt: Sequence[int], **options: Any) -> int:
         """Run one request to its end; how many of its prompt tokens were loaded."""

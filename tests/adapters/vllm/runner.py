@@ -13,9 +13,10 @@ import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +41,20 @@ class Sequence:
     """Some rank attended to a wrong page in this layer."""
     poisoned: bool = False
     """So the input of every later layer is wrong, on all ranks."""
+
+
+class Seen(NamedTuple):
+    """What one layer of a step has to do with a request."""
+
+    name: str
+    sequence: Sequence
+    pages: list[int]
+    tokens: np.ndarray
+    """What its pages must hold: (tokens, heads, words)."""
+    start: int
+    """The first that is new."""
+    first: int
+    """The first that is attended to."""
 
 
 def wrapper_in(connector: Any) -> Any:
@@ -83,11 +98,12 @@ class Rank:
     @property
     def mover(self) -> Any:
         """What the latest attachment granted."""
-        return self.side._granted.mover
+        return self.side.grants.latest.mover
 
     @mover.setter
     def mover(self, mover: Any) -> None:
-        self.side._granted = self.side._granted._replace(mover=mover)
+        grants = self.side.grants
+        grants.latest = grants.latest._replace(mover=mover)
 
     def content(self, layer: int, pages: Iterable[int]) -> np.ndarray:
         """What these pages hold: (tokens, heads, words)."""
@@ -103,6 +119,8 @@ class Runner:
         self.page_tokens = page_tokens
         self.group_of = {layer: i for i, layers in enumerate(groups) for layer in layers}
         """The cache group of each layer, by number."""
+        self.stream: Any = None
+        """Where the forward pass is computed; at once if there is none."""
         self.windows: list[int | None] = [None] * len(groups)
         """How far back each group looks."""
         self.received: dict[int, set[str]] = defaultdict(set)
@@ -110,6 +128,9 @@ class Runner:
         self.sequences: dict[str, Sequence] = {}
         self.loads = "late"
         """`early`: as up to 0.28, before every forward pass; `late`: as since 0.29."""
+        self.runs_ahead = False
+        """What is sampled is known before it is computed, as no real model can: the next step is
+        begun while a device still computes this one."""
         self.full_graph = False
         """No hook of a layer is called, and there is no attention metadata."""
         self.pickled = False
@@ -181,6 +202,8 @@ class Runner:
             for name in counts:
                 sequence = self.sequences[name]
                 sequence.poisoned |= sequence.read_wrong
+        if self.stream and not self.runs_ahead:
+            self.stream.synchronize()
         self.invalid.append(output.invalid_block_ids)
         sampled = [self._sample(name, after[name]) for name in counts]
         return ModelRunnerOutput(
@@ -251,35 +274,42 @@ class Runner:
 
     def _attend(self, rank: Rank, layer: int, before: dict, after: dict) -> None:
         """Write the new tokens of all requests, then read everything each of them attends to."""
-        cache, size = rank.layers[layer], self.page_tokens
+        seen = [self._seen(rank, layer, name, before[name], stop) for name, stop in after.items()]
+        compute = partial(self._compute, rank, layer, seen, self.wrong[-1])
+        if self.stream:
+            self.stream.call(compute)
+        else:
+            compute()
+
+    def _seen(self, rank: Rank, layer: int, name: str, start: int, stop: int) -> Seen:
+        """A request as it is now: it may be another one when the layer is computed."""
+        sequence, size = self.sequences[name], self.page_tokens
         group = self.group_of[layer]
-        window = self.windows[group]
-        _, heads, _, per_head = cache.shape
-        for name, stop in after.items():
-            sequence, start = self.sequences[name], before[name]
-            codes = sequence.codes.upto(sequence.tokens)[start:stop]
-            assert len(codes) == stop - start, f"{name} computes tokens nobody knows"
-            new = words(codes, layer, rank.code_rank, heads, per_head).astype(np.int64)
-            if sequence.poisoned:
+        codes = sequence.codes.upto(sequence.tokens)[:stop]
+        assert len(codes) == stop, f"{name} computes tokens nobody knows"
+        _, heads, _, per_head = rank.layers[layer].shape
+        tokens = words(codes, layer, rank.code_rank, heads, per_head).astype(np.int64)
+        pages = sequence.tables[group][: -(-stop // size)]
+        assert 0 not in pages[start // size :], f"{name} writes to vLLM's null page"
+        window = self.windows[group]  # the first token of the step looks back furthest
+        first = 0 if window is None else max(0, start + 1 - window)
+        return Seen(name, sequence, list(pages), tokens, start, first)
+
+    def _compute(
+        self, rank: Rank, layer: int, seen: list[Seen], wrong: dict[str, set[int]]
+    ) -> None:
+        cache, size = rank.layers[layer], self.page_tokens
+        for one in seen:
+            new = one.tokens[one.start :]
+            if one.sequence.poisoned:
                 new = ~new
-            positions = np.arange(start, stop)
-            pages = np.array(sequence.tables[group])[positions // size]
-            assert 0 not in pages, f"{name} writes to vLLM's null page"
-            cache[pages, :, positions % size, :] = new
-        for name, stop in after.items():
-            sequence = self.sequences[name]
-            pages = sequence.tables[group][: -(-stop // size)]
-            expected = words(
-                sequence.codes.upto(sequence.tokens)[:stop],
-                layer,
-                rank.code_rank,
-                heads,
-                per_head,
-            ).astype(np.int64)
-            same = (rank.content(layer, pages)[:stop] == expected).all(axis=(1, 2))
-            if window is not None:  # the first token of the step looks back furthest
-                same[: max(0, before[name] + 1 - window)] = True
+            positions = np.arange(one.start, len(one.tokens))
+            cache[np.array(one.pages)[positions // size], :, positions % size, :] = new
+        for one in seen:
+            found = rank.content(layer, one.pages)[: len(one.tokens)]
+            same = (found == one.tokens).all(axis=(1, 2))
+            same[: one.first] = True
             if not same.all():
-                bad = {pages[position // size] for position in np.flatnonzero(~same)}
-                self.wrong[-1].setdefault(name, set()).update(bad)
-                sequence.read_wrong = True
+                bad = {one.pages[position // size] for position in np.flatnonzero(~same)}
+                wrong.setdefault(one.name, set()).update(bad)
+                one.sequence.read_wrong = True

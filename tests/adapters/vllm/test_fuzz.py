@@ -224,3 +224,35 @@ def test_broken_slots_of_a_server_are_never_served(served, plan):
     assert any(engine.runner.invalid) == ("groups" not in plan)
     engine.check_text()
     engine.check_idle()
+
+
+ON_GPU = {name: plan for name, plan in PLANS.items() if "ranks" not in plan}
+
+
+@pytest.fixture
+def on_gpu(make_engine, monkeypatch):
+    def make(seed, **options):
+        from fake_gpu import Gpu
+
+        gpu = Gpu(seed)
+        monkeypatch.setattr("lmcache.adapters.vllm.grants.copier_for", gpu.copier_for)
+        return make_engine(gpu=gpu, **options)
+
+    return make
+
+
+@pytest.mark.parametrize("plan", ON_GPU)
+def test_every_byte_on_a_device_is_right(on_gpu, plan):
+    """Stores are made behind the engine, loads before it, and neither sees what is not there."""
+    engine = on_gpu(plan, **{"pages": 90, "room_bytes": TIGHT, **ON_GPU[plan]})
+    engine.runner.pickled = True
+    trouble = [kind for kind in CALM if kind != "preempt" or not engine.asynchronous]
+    Traffic(engine, plan, trouble=trouble).run(STEPS)
+    engine.settle()
+    assert engine.impl.errors == 0
+    assert all(rank.impl.errors == 0 for rank in engine.ranks)
+    assert not any(engine.runner.invalid)
+    assert not any(engine.runner.wrong)
+    assert engine.loaded > 0
+    engine.check_text()
+    engine.check_idle()

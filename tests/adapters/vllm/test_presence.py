@@ -46,7 +46,7 @@ def start_worker():
     started = []
 
     def start(engine):
-        layout = engine.ranks[0].side._layout
+        layout = engine.ranks[0].side.grants.layout
         arguments = [
             engine.config.kv_transfer_config.engine_id,
             1,
