@@ -64,7 +64,7 @@ class GpuPages(BothWays):
         return self._gpu.stream.record()
 
     def copy(self, spans, region, *, to_slab, after=None):
-        if to_slab:
+        if to_slab and self._gpu.rng.random() < 0.5:
             time.sleep(self._gpu.rng.random() * LATEST_S)
         return super().copy(spans, region, to_slab=to_slab, after=after)
 

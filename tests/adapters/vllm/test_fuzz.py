@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import time
 from contextlib import suppress
+from functools import partial
 
 import pytest
 
@@ -186,7 +187,7 @@ def test_broken_slots_are_never_served(make_engine, plan):
 
 @pytest.fixture
 def served(make_engine, make_house):
-    def make(plan, **more):
+    def make(plan, make_engine=make_engine, **more):
         options = {"pages": 180 if "groups" in plan else 90, **SERVED[plan], **more}
         house = make_house(TIGHT, modes=("engine_driven", "lmcache_driven"))
         engine = make_engine(house=house, **options)
@@ -227,6 +228,7 @@ def test_broken_slots_of_a_server_are_never_served(served, plan):
 
 
 ON_GPU = {name: plan for name, plan in PLANS.items() if "ranks" not in plan}
+ON_GPU["layer by layer, ahead"] = {"options": {"use_layerwise": True}, "asynchronous": True}
 
 
 @pytest.fixture
@@ -241,13 +243,8 @@ def on_gpu(make_engine, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("plan", ON_GPU)
-def test_every_byte_on_a_device_is_right(on_gpu, plan):
-    """Stores are made behind the engine, loads before it, and neither sees what is not there."""
-    engine = on_gpu(plan, **{"pages": 90, "room_bytes": TIGHT, **ON_GPU[plan]})
-    engine.runner.pickled = True
-    trouble = [kind for kind in CALM if kind != "preempt" or not engine.asynchronous]
-    Traffic(engine, plan, trouble=trouble).run(STEPS)
+def check_right(engine):
+    """Nothing went wrong, and no page was read or stored before it was there."""
     engine.settle()
     assert engine.impl.errors == 0
     assert all(rank.impl.errors == 0 for rank in engine.ranks)
@@ -256,3 +253,38 @@ def test_every_byte_on_a_device_is_right(on_gpu, plan):
     assert engine.loaded > 0
     engine.check_text()
     engine.check_idle()
+
+
+@pytest.mark.parametrize("plan", ON_GPU)
+def test_every_byte_on_a_device_is_right(on_gpu, plan):
+    """Stores are made behind the engine, loads before it, and neither sees what is not there."""
+    engine = on_gpu(plan, **{"pages": 90, "room_bytes": TIGHT, **ON_GPU[plan]})
+    engine.runner.pickled = True
+    trouble = [kind for kind in CALM if kind != "preempt" or not engine.asynchronous]
+    Traffic(engine, plan, trouble=trouble).run(STEPS)
+    check_right(engine)
+
+
+@pytest.mark.parametrize("plan", [plan for plan in ON_GPU if "ahead" not in plan])
+def test_broken_slots_are_never_served_on_a_device(on_gpu, plan):
+    options = {"pages": 90, "room_bytes": TIGHT, **ON_GPU[plan], "prefix_caching": False}
+    engine = on_gpu(plan + "!", **options)
+    trouble = ["reset", "break", "break", "break"]
+    Traffic(engine, plan + "!", trouble=trouble, often=0.4).run(STEPS)
+    engine.settle()
+    assert engine.impl.errors == 0
+    assert any(engine.runner.invalid)
+    engine.check_text()
+    engine.check_idle()
+
+
+@pytest.mark.parametrize(
+    "plan", [name for name in SERVED if "ranks" not in name and "lending" not in name]
+)
+def test_every_byte_from_a_server_on_a_device_is_right(on_gpu, served, plan):
+    engine = served(plan, partial(on_gpu, plan))
+    engine.runner.pickled = True
+    trouble = ["reset", "clear"] if engine.asynchronous else ["reset", "clear", "preempt"]
+    Traffic(engine, plan, trouble=trouble).run(STEPS)
+    assert not engine.runner.refused
+    check_right(engine)

@@ -28,17 +28,17 @@ class Faulty:
     def __getattr__(self, name):
         return getattr(self._mover, name)
 
-    def load(self, moves, region=None):
-        return self._call("load", moves, region)
+    def load(self, moves, region=None, after=None):
+        return self._call("load", moves, region, after)
 
-    def store(self, moves, region=None):
-        return self._call("store", moves, region)
+    def store(self, moves, region=None, after=None):
+        return self._call("store", moves, region, after)
 
-    def _call(self, what, moves, region):
+    def _call(self, what, moves, region, after):
         if moves and region in self._faults[what]:
             self._faults[what].remove(region)
             raise OSError(f"{what} of region {region}")
-        return getattr(self._mover, what)(moves, region)
+        return getattr(self._mover, what)(moves, region, after)
 
 
 def make_faulty(engine, rank=0, **faults):

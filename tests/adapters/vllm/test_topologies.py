@@ -205,13 +205,13 @@ class Counting:
     def __getattr__(self, name):
         return getattr(self._mover, name)
 
-    def load(self, moves, region=None):
+    def load(self, moves, region=None, after=None):
         self.loaded.append(region)
-        return self._mover.load(moves, region)
+        return self._mover.load(moves, region, after)
 
-    def store(self, moves, region=None):
+    def store(self, moves, region=None, after=None):
         self.stored.append(region)
-        return self._mover.store(moves, region)
+        return self._mover.store(moves, region, after)
 
 
 @pytest.mark.parametrize("loads", ["early", "late"])
