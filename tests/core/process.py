@@ -1,5 +1,5 @@
-"""A second process: `mover ENGINE NUMBER SLICE` or `decider ENGINE MOVERS`, told what to do by
-lines.
+"""A second process: `mover ENGINE NUMBER SLICE`, `lender ENGINE NUMBER` with pages on a GPU, or
+`decider ENGINE MOVERS`, told what to do by lines.
 
 Each line is a JSON object `{"do": NAME, ...}`, and each is answered with one line.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -18,6 +19,8 @@ import rig
 from lmcache.core.attachment import Attachment
 from lmcache.core.geometry import Geometry
 from lmcache.core.handover import Door, address_of
+from lmcache.core.lender import Lender
+from lmcache.core.lending import lend
 from lmcache.core.mover import Move, Mover
 from lmcache.core.slab import Slab
 from lmcache.core.tiers import Tiers
@@ -88,6 +91,68 @@ class Worker:
         return self.granted
 
 
+class GpuWorker(Worker):
+    """Likewise, but its pages are on a GPU and lent: the decider's process copies them."""
+
+    def __init__(self, engine, number):
+        import torch
+
+        self.host = rig.Pages(32, slice_index=number)
+        self.tensor = torch.from_numpy(self.host.memory).cuda()
+        self.memory = lend([self.tensor])
+        moved = self.tensor.data_ptr() - self.host.memory.ctypes.data
+        regions = [replace(r, base=r.base + moved) for r in self.host.layout.regions]
+        self.layout = replace(self.host.layout, regions=tuple(regions))
+        self.mover, self.granted = None, 0
+        hello = rig.hello(number, slice_index=number, pages=self.host, pid=os.getpid())
+        address = address_of(engine, number)
+        self.door = Door(address, hello, self.attach, self.leave, self.lend)
+
+    def lend(self):
+        return self.memory.lend(self.layout)
+
+    def attach(self, grant, fds):
+        self.memory.lent_to(self.door.visitor())
+        self.mover = Lender(self.layout, fds, 5.0, memory=self.memory, given_up=self.door.hang_up)
+        self.granted += 1
+
+    def compute(self, tokens, table):
+        self.host.memory[:] = self.tensor.cpu().numpy()
+        self.host.compute(tokens, table)
+        self.write()
+
+    def poison(self):
+        self.host.poison()
+        self.write()
+
+    def write(self):
+        """Queue it behind work that takes a while, as a forward pass is."""
+        import torch
+
+        torch.cuda._sleep(50_000_000)
+        self.tensor.copy_(torch.from_numpy(self.host.memory))
+
+    def wrong(self, tokens, table, stop):
+        self.host.memory[:] = self.tensor.cpu().numpy()
+        return self.host.wrong(tokens, table, stop)
+
+    def take_back(self):
+        self.memory.take_back()
+
+    def store(self, moves, step=0):
+        moves = [Move(*move) for move in moves]
+        self.mover.store(moves, None, self.mover.mark())
+        self.mover.publish(moves)
+        if step:
+            self.mover.finish(step)
+
+    def load(self, moves, step=0):
+        _, failed = self.mover.load([Move(*move) for move in moves], None, self.mover.mark())
+        if step:
+            self.mover.finish(step)
+        return failed
+
+
 class Scheduler:
     """The deciding side, attached."""
 
@@ -106,7 +171,9 @@ class Scheduler:
 
 
 def main(role, engine, *numbers):
-    made = {"mover": Worker, "decider": Scheduler}[role](engine, *map(int, numbers))
+    made = {"mover": Worker, "lender": GpuWorker, "decider": Scheduler}[role](
+        engine, *map(int, numbers)
+    )
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         order = json.loads(line)

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-KERNELS = Path(__file__).resolve().parent.parent / "kernels"
-if "pools" not in sys.modules:  # tests belong to no package
-    spec = importlib.util.spec_from_file_location("pools", KERNELS / "pools.py")
-    sys.modules["pools"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["pools"])
+TESTS = Path(__file__).resolve().parent.parent
+for name, folder in (("pools", "kernels"), ("rig", "core")):
+    if name not in sys.modules:  # tests belong to no package
+        spec = importlib.util.spec_from_file_location(name, TESTS / folder / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
 
 
 def pytest_collection_modifyitems(items):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pools
 import pytest
 import torch
-from lazy import LazyDevice
+from lazy import LazyDevice, Stream
 
-from lmcache.core.errors import DeviceError
+from lmcache.core.errors import ConfigError, DeviceError
 from lmcache.core.kernels import pinning
-from lmcache.core.kernels.accelerator import AcceleratorPages
-from lmcache.core.kernels.paths import PATHS, Paths
+from lmcache.core.kernels.accelerator import AcceleratorPages, BothWays
+from lmcache.core.kernels.paths import PATHS, Paths, forced_path
 from lmcache.core.kernels.pinning import Pins, are_held
 from lmcache.core.kernels.plan import Planner, Span
 from lmcache.core.slab import Slab
@@ -163,6 +165,93 @@ def _like(pool, memory):
         memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         for tensor in pool.tensors
     ]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_only_kernels_write_to_guarded_pages(slab, pins_of, path, monkeypatch):
+    pool = POOLS["layers"]
+    pool.fill()
+    device = LazyDevice(Planner(pool.layout), 0)
+    device.guarded = True
+    targets, copy = [], Stream.copy
+
+    def note(stream, target, source, length, *, stays):
+        targets.extend(target.tolist())
+        copy(stream, target, source, length, stays=stays)
+
+    monkeypatch.setattr(Stream, "copy", note)
+    pages = pages_on(device, slab, pool, pins_of(Registrar()), path)
+    expected = pool.memory.clone()
+    pages.copy(spans_of(pool.layout), None, to_slab=True)
+    assert bool(targets) is (path != "kernel"), "stores may take any path"
+    targets.clear()
+    for tensor in pool.tensors:
+        tensor[PAGES] = 0
+    pages.copy(spans_of(pool.layout), None, to_slab=False)
+    assert torch.equal(pool.memory, expected)
+    first, size = pool.memory.data_ptr(), pool.memory.numel() * pool.memory.element_size()
+    assert not [target for target in targets if first <= target < first + size]
+    pages.close()
+
+
+def test_a_store_and_a_load_may_be_under_way_at_a_time(slab):
+    """But of one kind only one is, for they share buffers."""
+    inside, most, go = Counter(), Counter(), threading.Event()
+    lock = threading.Lock()
+
+    class Slow:
+        def copy(self, spans, region, *, to_slab, after):
+            with lock:
+                inside[to_slab] += 1
+                most[to_slab] = max(most[to_slab], inside[to_slab])
+                most["all"] = max(most["all"], inside.total())
+                if most["all"] > 1:
+                    go.set()
+            assert go.wait(5)
+            with lock:
+                inside[to_slab] -= 1
+            return 7
+
+        def close(self):
+            inside["closed"] += 1
+
+    ways = BothWays(Slow)
+    with ThreadPoolExecutor(4) as pool:
+        sizes = [pool.submit(ways.copy, [], None, to_slab=n % 2 == 0) for n in range(4)]
+        assert [size.result() for size in sizes] == [7] * 4
+    assert (most[True], most[False], most["all"]) == (1, 1, 2)
+    ways.close()
+    assert inside["closed"] == 2
+
+
+def test_one_way_that_cannot_be_made_leaves_nothing(slab):
+    made = []
+
+    class Way:
+        def __init__(self):
+            if made:
+                raise DeviceError("no memory for the buffers")
+            made.append(self)
+
+        def close(self):
+            made.append("closed")
+
+    with pytest.raises(DeviceError, match="no memory"):
+        BothWays(Way)
+    assert made[1:] == ["closed"]
+
+
+def test_a_path_can_be_forced(monkeypatch):
+    monkeypatch.delenv("LMCACHE_COPY_PATH", raising=False)
+    assert forced_path() == ""
+    monkeypatch.setenv("LMCACHE_COPY_PATH", "kernel")
+    paths = Paths({"store": {1: "staged"}, "load": {1: "staged"}}, forced_path())
+    assert {paths.choose(n, to_slab=way) for n in (1, 1 << 20) for way in (True, False)} == {
+        "kernel"
+    }
+    monkeypatch.setenv("LMCACHE_COPY_PATH", "fast")
+    with pytest.raises(ConfigError, match="'fast', expected one of direct, staged, kernel"):
+        forced_path()
 
 
 def test_pages_that_are_not_there(slab, pins_of):
