@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import os
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -36,7 +36,7 @@ class Borrowed(Protocol):
     """With the addresses they have here."""
 
     def copier(self, slab: Slab) -> PageCopier:
-        """Copies between them and a slab."""
+        """Copies between them and a slab. Raises `HandoverError` if nothing can."""
 
     def warm(self, is_over: Callable[[], bool]) -> None:
         """Map them before a copy needs it."""
@@ -118,14 +118,16 @@ class BorrowedDevice:
         self.layout = replace(lending.layout, regions=regions)
 
     def copier(self, slab: Slab) -> PageCopier:
-        """Raises `DeviceError`."""
-        import torch
+        """Kernels and the copy engine."""
+        try:
+            import torch
 
-        from lmcache.core.kernels.cuda import CudaPages
+            from lmcache.core.kernels.cuda import CudaPages
 
-        device = torch.device("cuda", self._device)
-        planner = Planner(self.layout)
-        return CudaPages(self.layout, planner, slab, device, THREADS, guard=self._guard)
+            device, planner = torch.device("cuda", self._device), Planner(self.layout)
+            return CudaPages(self.layout, planner, slab, device, THREADS, guard=self._guard)
+        except (ImportError, RuntimeError, DeviceError) as error:  # torch raises `RuntimeError`
+            raise HandoverError(f"cannot use the engine's GPU: {error}") from error
 
     def warm(self, is_over: Callable[[], bool]) -> None:
         """It is mapped."""
@@ -133,8 +135,9 @@ class BorrowedDevice:
     def close(self) -> None:
         """Close the handles."""
         self._driver.bind(self._device)
-        while self._bases:
-            self._driver.close_shared(self._bases.pop())
+        with ExitStack() as stack:  # an error in one of them must not leak the others
+            while self._bases:
+                stack.callback(self._driver.close_shared, self._bases.pop())
 
 
 def _moved(region: Region, spans: list[tuple[int, int, int]]) -> Region:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from lmcache.core.borrowed import borrow
-from lmcache.core.errors import HandoverError
+from lmcache.core.errors import HandoverError, LMCacheError
 from lmcache.core.frames import receive, send
 from lmcache.core.handover import CHANNELS
 from lmcache.core.lender import ORDERS, Copied, Copy, Finish, Order, Publish
@@ -80,8 +80,10 @@ class Borrower:
             thread.join()
         for channel in self._channels:
             channel.close()
-        self._mover.close()
-        self._pages.close()
+        try:
+            self._mover.close()
+        finally:
+            self._pages.close()
 
     def _serve(self, channel: socket.socket) -> None:
         try:
@@ -90,6 +92,8 @@ class Borrower:
                 self._carry_out(order, channel)
         except (OSError, HandoverError, IndexError) as error:
             logger.debug("a lender is gone: %s", error)
+        except LMCacheError as error:
+            logger.warning("copies for an engine have ended: %s", error)
         finally:
             with suppress(OSError):  # to the lender it means that nothing is being copied
                 channel.shutdown(socket.SHUT_RDWR)

@@ -26,6 +26,7 @@ from lmcache.core.environment import (
     is_service_link,
 )
 from lmcache.core.errors import ConfigError
+from lmcache.core.kernels.paths import forced_path
 from lmcache.core.redact import redact_value
 from lmcache.core.upstream_names import is_ignored_key, is_upstream_variable
 
@@ -99,6 +100,7 @@ def load_config(
     if unknown:
         raise ConfigError("; ".join(unknown))
     config = _validate(chosen)
+    forced_path(env)  # who uses it comes up later, and could only serve without a cache
     if ignored:
         _log.warning("ignoring configuration that means nothing here: %s", ", ".join(ignored))
     sources = {

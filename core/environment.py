@@ -15,8 +15,10 @@ PREFIX = "LMCACHE_"
 
 VARIABLES = {
     "LMCACHE_CONFIG_FILE": "Path of the YAML file that holds the configuration.",
-    "LMCACHE_COPY_PATH": "How bytes go between a GPU and the cache: `direct`, `staged` or"
-    " `kernel`; by default whatever is the fastest on this machine, which is measured once.",
+    "LMCACHE_COPY_PATH": "How bytes go between a GPU and the cache, in the process that copies:"
+    " `direct` (the copy engine alone), `staged` (through a buffer) or `kernel` (over the bus)."
+    " What is not pinned is staged all the same. By default whatever was the fastest when it was"
+    " measured, once for each device; `~/.cache/lmcache/copy-paths.json` has the figures.",
     "LMCACHE_DISABLED_PLUGINS": "Names of plugins not to load, separated by commas.",
     "LMCACHE_FORCE_SKIP_SAVE": "A flag: store nothing, only load.",
     "LMCACHE_LOG_LEVEL": "Level of the `lmcache` logger, e.g. `DEBUG`.",

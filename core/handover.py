@@ -101,13 +101,13 @@ def address_of(engine_id: str, number: int) -> str:
 
 
 def _same_user(sock: socket.socket) -> bool:
-    if not hasattr(socket, "SO_PEERCRED"):
-        return True  # the socket file's mode guards it
     return _peer(sock)[1] == os.getuid()
 
 
 def _peer(sock: socket.socket) -> tuple[int, int]:
-    """Process and user at the other end."""
+    """Process, 0 for one that cannot be seen from here, and user at the other end."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return 0, os.getuid()  # the socket file's mode guards it
     packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, _ = struct.unpack("3i", packed)
     return pid, uid
@@ -125,13 +125,13 @@ class Door:
         hello: Hello,
         granted: Callable[[Grant, list[int]], None],
         left: Callable[[], None],
-        lend: Callable[[], tuple[Lending, list[int]]] | None = None,
+        lend: Callable[[int], tuple[Lending, list[int]]] | None = None,
     ) -> None:
         """`granted(grant, fds)` owns `fds` from then on: the slab's, or the channels of a lending.
 
         `left()` returns when nothing uses the slab. Both are called on the door's thread; `left`
-        also if nothing was granted. `lend()` is asked at each visit, and says what is lent to
-        this visitor and with which descriptors.
+        also if nothing was granted. `lend(process)` is asked at each visit, and says what is lent
+        to this visitor and with which descriptors.
         """
         self._hello = hello
         self._lend = lend
@@ -165,12 +165,6 @@ class Door:
         self._thread.join(self.GRANT_S)
         if not self._address.startswith("\0") and os.path.exists(self._address):
             os.unlink(self._address)
-
-    def visitor(self) -> int:
-        """The process of whoever visits, 0 if it is none of those that can be seen from here."""
-        if self._visitor is None or not hasattr(socket, "SO_PEERCRED"):
-            return 0
-        return _peer(self._visitor)[0]
 
     def hang_up(self) -> None:
         """Let go of the decider at hand; another, or the same, may come. Any thread may call it."""
@@ -214,7 +208,7 @@ class Door:
         if self._lend is None:
             send(sock, self._hello)
             return []
-        lends, fds = self._lend()
+        lends, fds = self._lend(_peer(sock)[0])
         hello = msgspec.structs.replace(self._hello, lends=lends)
         pairs = [socket.socketpair() for _ in range(CHANNELS)]
         with ExitStack() as theirs:

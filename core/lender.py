@@ -3,7 +3,7 @@
 It has the methods of a `Mover`. A copy that takes too long is given up, and with it the lending.
 The engine's pages must then be taken back before anything else is done with those that were to be
 loaded, for the copier may only have been slow: the thread that runs the engine calls `take_back`
-now and then.
+now and then, but for memory of a GPU, which is taken back at once.
 """
 
 from __future__ import annotations
@@ -130,8 +130,7 @@ class Lender:
             if not admitted or self._has_given_up or not moves:
                 return 0
             try:
-                order = Copy(list(moves), region, to_slab=True)
-                copied = self._ask(self._stores, order, moves, after)
+                copied = self._ask(self._stores, Copy(list(moves), region, to_slab=True), after)
             except (OSError, HandoverError):
                 copied = None
             if copied is None:  # whatever comes of it, nobody will say that it is complete
@@ -148,23 +147,24 @@ class Lender:
     ) -> tuple[int, list[Move]]:
         """Have slots copied into pages: bytes copied, and the moves that failed.
 
-        If the copier is too slow, this returns when it answers or `take_back` has been called.
+        If the copier is too slow, this returns when it answers or `take_back` has been called;
+        memory that `takes_back_at_once` is taken back here. Raises `DeviceError` if it cannot be.
         """
         with self._gate.passage() as admitted, self._loads.busy:
             if not admitted or self._has_given_up or not moves:
                 return 0, list(moves)
             try:
-                order = Copy(list(moves), region, to_slab=False)
-                copied = self._ask(self._loads, order, moves, after)
+                copied = self._ask(self._loads, Copy(list(moves), region, to_slab=False), after)
                 while copied is None and not self._memory.takes_back_at_once:
                     self.wants_back = True
                     copied = self._answer(self._loads, time.monotonic() + GLANCE_S)
             except (OSError, HandoverError):
                 copied = None
             if copied is None:
-                if self._memory.takes_back_at_once:
-                    self._memory.take_back()
                 self._give_up(self._loads)
+                if self._memory.takes_back_at_once:
+                    logger.warning("a copy did not end: taking the pages back")
+                    self._memory.take_back()
                 return 0, list(moves)
             return copied.size, [moves[i] for i in copied.failed if i < len(moves)]
 
@@ -200,13 +200,11 @@ class Lender:
 
     # ----
 
-    def _ask(
-        self, channel: _Channel, order: Copy, moves: Sequence[Move], after: Event | None
-    ) -> Copied | None:
+    def _ask(self, channel: _Channel, order: Copy, after: Event | None) -> Copied | None:
         """The answer to an order, None if it does not come in time."""
         if after:
             after.synchronize()  # the copier's own work does not know the engine's
-        pages = sum(len(move.pages) for move in moves)
+        pages = sum(len(move.pages) for move in order.moves)
         slack = pages * self.layout.page_bytes / SLOWEST
         channel.send(order)
         return self._answer(channel, time.monotonic() + self._deadline_s + slack)

@@ -23,11 +23,11 @@ class LentPages(Protocol):
     takes_back_at_once: bool
     """Whether `take_back` may be called on any thread, whatever else uses the memory."""
 
-    def lend(self, layout: PageLayout) -> tuple[Lending, list[int]]:
-        """For one more visitor: what to say, and the descriptors to send with it."""
+    def lend(self, layout: PageLayout, visitor: int) -> tuple[Lending, list[int]]:
+        """What to say to a visitor, and the descriptors to send with it.
 
-    def lent_to(self, pid: int) -> None:
-        """Whose process it is; 0 if that cannot be seen from here."""
+        `visitor` is his process, 0 if that cannot be seen from here. The last one has left.
+        """
 
     def mark(self) -> Event | None:
         """As a `Mover` says."""
@@ -36,13 +36,13 @@ class LentPages(Protocol):
         """Return when the visitor cannot write to it any more."""
 
 
-def lend(tensors: Sequence[torch.Tensor]) -> LentPages:
-    """Lend the memory of all these tensors. Raises `LayoutError` if that cannot be."""
+def lendable(tensors: Sequence[torch.Tensor]) -> LentPages:
+    """The memory of all these tensors. Raises `LMCacheError` if it cannot be lent."""
     device = device_of(tensors)
     if device is None or not has_cuda(device):
         return LentMemory(tensors)
     from lmcache.core.kernels.driver import Driver
     from lmcache.core.kernels.guard import Guards
-    from lmcache.core.lent_device import LentDevice
+    from lmcache.core.lent_device import COUNT, LentDevice
 
-    return LentDevice(tensors, Driver(), Guards(device))
+    return LentDevice(tensors, Driver(), Guards(device, COUNT))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lmcache.core.errors import DeviceError, HandoverError, LayoutError
 from lmcache.core.handover import Lending
+from lmcache.core.kernels.copier import mark_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
 
     from lmcache.core.kernels.driver import Driver
     from lmcache.core.kernels.guard import Guards
+    from lmcache.core.kernels.staging import Event
     from lmcache.core.layout import PageLayout
 
 OUT_S = 5.0
-"""In which whoever is in a guard must have come out of it; a kernel takes milliseconds."""
+"""In which whoever is in a guard must have come out of it."""
+COUNT = 1 << 16
+"""How many guards there are."""
 GLANCE_S = 0.0005
 
 
@@ -37,11 +41,13 @@ class LentDevice:
         """`guards` lie on the same device. Raises `LayoutError` if that memory has no handles."""
         self._driver = driver
         self._guards = guards
-        self._visits = 0
-        self._copier = 0
-        device = tensors[0].device.index
-        driver.bind(device)
-        self._identity = driver.identity(device)
+        self._word = 1
+        """The guard of whoever is lent to next; one that was shut is never used again."""
+        self._visitor = 0
+        self._device = tensors[0].device
+        guards.shut(0)  # compiles it, before somebody waits for that
+        driver.bind(self._device.index)
+        self._identity = driver.identity(self._device.index)
         addresses = [tensor.data_ptr() for tensor in tensors]
         try:
             spans = {driver.allocation_of(a) for a in (*addresses, guards.address(0))}
@@ -52,39 +58,50 @@ class LentDevice:
                 "sleep have memory without handles: go without, or use engine_driven"
             ) from error
 
-    def lend(self, layout: PageLayout) -> tuple[Lending, list[int]]:
-        """For one more visitor, whom a guard of his own lets in until `take_back`."""
-        self._visits += 1
-        if self._visits >= self._guards.count:
-            raise HandoverError(f"lent {self._visits} times: the engine must be started again")
+    def lend(self, layout: PageLayout, visitor: int) -> tuple[Lending, list[int]]:
+        """For one more visitor, whom a guard lets in until `take_back`; the last one has left."""
+        self._visitor = visitor
+        if self._word == COUNT:
+            raise HandoverError(f"taken back {COUNT} times: the engine must be started again")
         lending = Lending(
             layout=layout,
             spans=list(self._handles),
             handles=list(self._handles.values()),
             device=self._identity,
-            guard=self._guards.address(self._visits),
+            guard=self._guards.address(self._word),
         )
         return lending, []
 
-    def lent_to(self, pid: int) -> None:
-        """The visitor's process; 0 if it cannot be seen from here."""
-        self._copier = pid
-
-    def mark(self) -> torch.cuda.Event:
+    def mark(self) -> Event:
         """What the engine has queued so far."""
-        return self._guards.mark()
+        return _Mark(mark_on(self._device), self._driver, self._device.index)
 
     def take_back(self) -> None:
-        """Return when the visitor writes to the pages no more. Again does nothing.
+        """Return when the visitor writes to the pages no more.
 
         Raises `DeviceError` if one of his kernels does not end.
         """
-        self._guards.shut(self._visits)
+        word, self._word = self._word, self._word + 1
+        self._guards.shut(word)
         deadline = time.monotonic() + OUT_S
-        while self._guards.inside(self._visits) and not _is_gone(self._copier):
+        while self._guards.inside(word) and not _is_gone(self._visitor):
             if time.monotonic() > deadline:
-                raise DeviceError(f"a kernel of process {self._copier} has not ended in {OUT_S} s")
+                raise DeviceError(f"a kernel of process {self._visitor} has not ended in {OUT_S} s")
             time.sleep(GLANCE_S)
+
+
+class _Mark:
+    """An event, for threads that have nothing else to do with the device."""
+
+    def __init__(self, event: Event, driver: Driver, device: int) -> None:
+        self._event = event
+        self._driver = driver
+        self._device = device
+
+    def synchronize(self) -> None:
+        """On the right device: waiting would otherwise take memory of the first one."""
+        self._driver.bind(self._device)
+        self._event.synchronize()
 
 
 def _is_gone(pid: int) -> bool:

@@ -68,13 +68,11 @@ class LentMemory:
                 ) from error
             self.spans.append(Span(storage.data_ptr(), length, fd))
 
-    def lend(self, layout: PageLayout) -> tuple[Lending, list[int]]:
-        """For one more visitor: what to say, and the descriptors to send with it."""
+    def lend(self, layout: PageLayout, visitor: int) -> tuple[Lending, list[int]]:
+        """What to say to a visitor, whoever it is, and the descriptors to send with it."""
+        del visitor
         spans = [(span.address, span.length) for span in self.spans]
         return Lending(layout=layout, spans=spans), [span.fd for span in self.spans]
-
-    def lent_to(self, pid: int) -> None:
-        """It does not matter whose process it is."""
 
     def mark(self) -> None:
         """What the engine has written is there."""

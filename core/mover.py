@@ -16,7 +16,7 @@ from lmcache.core.slab import CONTROL_BYTES, MOVER_BYTES, WORD
 from lmcache.core.warming import Warmer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from lmcache.core.geometry import Geometry
     from lmcache.core.kernels.copier import PageCopier
@@ -49,6 +49,11 @@ class Move(NamedTuple):
     def engine_pages(self) -> list[int]:
         """The pages that are copied."""
         return [page for page in self.pages if page != HOLE]
+
+
+def pages_of(moves: Iterable[Move]) -> list[int]:
+    """The engine's pages that these moves copy."""
+    return [page for move in moves for page in move.engine_pages]
 
 
 class Mover:

@@ -8,7 +8,7 @@ from lmcache.adapters.vllm.hooks import Hooks
 from lmcache.adapters.vllm.live import LIVE
 from lmcache.adapters.vllm.scheduler import SchedulerSide
 from lmcache.adapters.vllm.step import Step
-from lmcache.adapters.vllm.translate import fenced_page, namespace_of
+from lmcache.adapters.vllm.translate import fence_page_tokens, namespace_of
 from lmcache.adapters.vllm.wall import guarded, nothing
 from lmcache.adapters.vllm.worker import WorkerSide
 from lmcache.core.assembly import assemble
@@ -53,11 +53,9 @@ class LMCacheConnectorV1Impl(Hooks):
 
     # ---- worker
 
-    @guarded(nothing)
     def bind_connector_metadata(self, step: Step) -> None:
         """A step begins; `start_load_kv` follows in any case."""
-        assert self._worker
-        self._worker.begin(step)
+        self.begin(step)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Load before the forward pass. An error here must not pass for a load that worked."""
@@ -88,7 +86,7 @@ class LMCacheConnectorV1Impl(Hooks):
         self._worker.store_layer(layer_name)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Nothing is asynchronous here."""
+        """No request waits for a copy outside the batch."""
         return None, None
 
     @guarded(_no_events)
@@ -173,7 +171,7 @@ def _scheduler_side(
         Joining(attach),
         role=transfer.kv_role,
         details=bool(extra.get("enable_cache_usage_details_in_response")),
-        fenced=fenced_page(vllm_config),
+        fence_page_tokens=fence_page_tokens(vllm_config),
     )
 
 

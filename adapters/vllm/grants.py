@@ -24,7 +24,7 @@ from lmcache.core.geometry import Geometry
 from lmcache.core.handover import Door, Grant, Hello, address_of
 from lmcache.core.kernels.copier import copier_for
 from lmcache.core.lender import Lender
-from lmcache.core.lending import lend
+from lmcache.core.lending import lendable
 from lmcache.core.log import init_logger
 from lmcache.core.mover import Mover
 from lmcache.core.selfcheck import check_layout
@@ -88,7 +88,7 @@ class Grants:
         """
         check_parallel(self._vllm_config)
         if self._lends:
-            self._memory = lend(list(kv_caches.values()))
+            self._memory = lendable(list(kv_caches.values()))
         backends = backends_of(self._vllm_config, kv_caches)
         groups = groups_of(self._kv_cache_config)
         if not groups.keep_all and not self._may_have_groups:
@@ -147,8 +147,8 @@ class Grants:
             pid=os.getpid(),
         )
         address = address_of(transfer.engine_id, rank)
-        lends = partial(self._memory.lend, layout) if self._memory else None
-        return Door(address, hello, self._attach, self._detach, lends)
+        lend = partial(self._memory.lend, layout) if self._memory else None
+        return Door(address, hello, self._attach, self._detach, lend)
 
     def _attach(self, grant: Grant, fds: list[int]) -> None:
         """Map the slab, or ask for copies. Called on the door's thread."""
@@ -178,7 +178,6 @@ class Grants:
         assert self.layout
         assert self._memory
         assert self._door
-        self._memory.lent_to(self._door.visitor())
         self._lender = Lender(
             self.layout,
             channels,

@@ -33,8 +33,16 @@ class Hooks(Wall):
         except LMCacheError as error:
             logger.error("LMCache is off for this engine: %s", error)
 
+    def begin(self, step: Step) -> None:
+        """A step begins. However often we failed: stores must be off the pages it writes to."""
+        assert self._worker
+        try:
+            self._worker.begin(step)
+        except Exception:
+            self.count_error("bind_connector_metadata")
+
     def wait_for_save(self) -> None:
-        """Store before vLLM may reuse the pages."""
+        """Have what the step computed stored before vLLM writes to those pages again."""
         assert self._worker
         try:
             self._worker.finish()
@@ -60,7 +68,7 @@ class Hooks(Wall):
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """A request ended; its pages are free at once, for all stores of it are done."""
+        """A request ended; its pages are free at once: its stores are done, or fenced."""
         assert self._scheduler
         try:
             return False, self._scheduler.finished(request)

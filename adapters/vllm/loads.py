@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from functools import partial
 from typing import TYPE_CHECKING
 
 from lmcache.adapters.vllm.step import Step
 from lmcache.core.log import init_logger
+from lmcache.core.mover import pages_of
+from lmcache.core.pool import DaemonPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,9 +34,11 @@ class BatchLoads:
         self._mover: Mover | Lender | None = None
         self._open: list[int] = []
         """Regions whose pages are still without their content."""
-        self._ahead: dict[int, Future[tuple[int, list[Move]]]] = {}
+        self._ahead: dict[int, Future[None]] = {}
         """What is being made while the layers before compute."""
-        self._loader: ThreadPoolExecutor | None = None
+        self._missed: dict[int, list[Move]] = {}
+        """Of those that have been made."""
+        self._pool = DaemonPool(1, "lmcache-layers")
 
     def begin(self, step: Step, mover: Mover | Lender) -> None:
         """These loads are to be made; `end` must be called."""
@@ -55,10 +59,9 @@ class BatchLoads:
         after = self._mover.mark()
         if after is None:
             return
-        self._loader = self._loader or ThreadPoolExecutor(1, "lmcache-layers")
+        load = partial(self._load_ahead, self._mover, self._step.all_loads(), after)
         for region in self._open:
-            load = partial(self._mover.load, self._step.all_loads(), region, after)
-            self._ahead[region] = self._loader.submit(load)
+            self._ahead[region] = self._pool.submit(load, region)
 
     def layer(self, region: int | None) -> None:
         """This region is about to be read."""
@@ -75,18 +78,26 @@ class BatchLoads:
 
     def leave(self) -> None:
         """Make no more; returns when none is under way."""
+        for load in self._ahead.values():
+            load.cancel()
         wait(self._ahead.values())
         self._ahead.clear()
+        self._missed.clear()
         self._open.clear()
         self._step, self._mover = Step(), None
 
     def close(self) -> None:
         """End the thread."""
         self.leave()
-        if self._loader:
-            self._loader.shutdown()
+        self._pool.close()
+        self._pool.join()
 
     # ----
+
+    def _load_ahead(
+        self, mover: Mover | Lender, moves: list[Move], after: Event, region: int
+    ) -> None:
+        _, self._missed[region] = mover.load(moves, region, after)
 
     def _finish(self, region: int) -> None:
         assert self._mover
@@ -94,11 +105,12 @@ class BatchLoads:
         ahead, failed = self._ahead.pop(region, None), self._step.all_loads()
         try:
             if ahead:
-                _, failed = ahead.result()
+                ahead.result()
+                failed = self._missed[region]
             else:
                 _, failed = self._mover.load(failed, region, self._mover.mark())
         finally:
-            self._lose(_pages_of(failed))  # all of them, if the load raised
+            self._lose(pages_of(failed))  # all of them, if the load raised
 
 
 def load_copy(mover: Mover | Lender, copy: Copy, after: Event | None) -> list[int]:
@@ -108,7 +120,7 @@ def load_copy(mover: Mover | Lender, copy: Copy, after: Event | None) -> list[in
     spent = time.perf_counter() - started
     if failed:
         logger.warning("Reqid: %s, %d loads failed", copy.request_id, len(failed))
-        return _pages_of(failed)
+        return pages_of(failed)
     logger.info(
         "Retrieved %d out of %d required tokens (from %d total tokens). "
         "size: %.4f gb, cost %.4f ms, throughput: %.4f GB/s;",
@@ -120,7 +132,3 @@ def load_copy(mover: Mover | Lender, copy: Copy, after: Event | None) -> list[in
         size / 1e9 / max(spent, 1e-9),
     )
     return []
-
-
-def _pages_of(moves: list[Move]) -> list[int]:
-    return [page for move in moves for page in move.engine_pages]

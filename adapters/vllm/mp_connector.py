@@ -15,7 +15,7 @@ from lmcache.adapters.vllm.live import LIVE
 from lmcache.adapters.vllm.mp_options import MpOptions, split_options
 from lmcache.adapters.vllm.scheduler import SchedulerSide
 from lmcache.adapters.vllm.step import Step
-from lmcache.adapters.vllm.translate import fenced_page, namespace_of
+from lmcache.adapters.vllm.translate import fence_page_tokens, namespace_of
 from lmcache.adapters.vllm.wall import guarded, nothing
 from lmcache.adapters.vllm.worker import WorkerSide
 from lmcache.core.config import LoadedConfig, load_config
@@ -103,12 +103,7 @@ class LMCacheMPConnector(Hooks, KVConnectorBase_V1, SupportsHMA):
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         """A step begins; `start_load_kv` follows in any case."""
         super().bind_connector_metadata(connector_metadata)
-        self._begin(connector_metadata)
-
-    @guarded(nothing)
-    def _begin(self, step: Step) -> None:
-        assert self._worker
-        self._worker.begin(step)
+        self.begin(connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Have the loads made while the batch goes on."""
@@ -129,7 +124,7 @@ class LMCacheMPConnector(Hooks, KVConnectorBase_V1, SupportsHMA):
         """All layers are stored together, in `wait_for_save`."""
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Requests whose loads have ended, well or not. Stores are not asynchronous."""
+        """Requests whose loads have ended, well or not. Nobody waits for stores."""
         assert self._worker
         return None, self._worker.take_received() or None
 
@@ -242,7 +237,7 @@ def _scheduler_side(
         role=transfer.kv_role,
         groups=_groups(kv_cache_config),
         outside=True,
-        fenced=fenced_page(vllm_config),
+        fence_page_tokens=fence_page_tokens(vllm_config),
     )
 
 

@@ -18,8 +18,8 @@ PREFIX = "lmcache.mp."
 MODES = ("auto", "engine_driven", "lmcache_driven")
 
 REFUSED = {
-    "isolated_ipc": "memory is handed over by descriptor, which needs no such choice",
-    "use_vmm_api": "memory is handed over by descriptor, which needs no such choice",
+    "isolated_ipc": "memory is handed over by descriptor or by CUDA's handles; nothing to choose",
+    "use_vmm_api": "a GPU's memory is lent by CUDA's handles, which virtual memory has not",
     "lazy_offload": "chunks are stored as soon as they are computed",
     "transfer_intermediate_tensors": "only KV pages are cached",
 }

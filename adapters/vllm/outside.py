@@ -6,7 +6,9 @@ import threading
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
+from lmcache.adapters.vllm.loads import load_copy
 from lmcache.core.log import init_logger
+from lmcache.core.mover import pages_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,9 +60,7 @@ class _Load(NamedTuple):
 class OutsideLoads:
     """Makes loads one after another on a thread, and says which requests have theirs."""
 
-    def __init__(self, load: Callable[[Mover | Lender, Copy, Event | None], list[int]]) -> None:
-        """`load` fills the pages of a copy and returns those it could not fill."""
-        self._load = load
+    def __init__(self) -> None:
         self.by_request = False
         """Whether a request that lacks a page can use none of what was loaded for it."""
         self._queue: SimpleQueue[_Load | None] = SimpleQueue()
@@ -114,9 +114,9 @@ class OutsideLoads:
 
     def _run(self) -> None:
         while (load := self._queue.get()) is not None:
-            failed = [page for move in load.copy.moves for page in move.engine_pages]
+            failed = pages_of(load.copy.moves)
             try:
-                failed = self._load(load.mover, load.copy, load.after)
+                failed = load_copy(load.mover, load.copy, load.after)
             except Exception:
                 logger.exception("a load failed")
             finally:

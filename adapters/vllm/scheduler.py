@@ -56,14 +56,14 @@ class SchedulerSide:
         groups: Groups | None = None,
         details: bool = False,
         outside: bool = False,
-        fenced: int = 0,
+        fence_page_tokens: int = 0,
     ) -> None:
         """With `details`, each response says how many of its tokens were loaded.
 
         With `outside`, requests wait for their loads outside the batch.
 
-        `fenced` are the tokens of a page where stores are made behind the engine: then each step
-        says which pages it writes to that were another's.
+        `fence_page_tokens` are those of a page where stores are made behind the engine: then each
+        step says which pages were given out with it.
         """
         self._config = config
         self._namespace = namespace
@@ -74,7 +74,7 @@ class SchedulerSide:
         )
         self._details = details
         self._outside = outside
-        self._fenced = fenced
+        self._fence_page_tokens = fence_page_tokens
         self._groups = groups or Groups()
         self._tracked: dict[str, Tracked] = {}
         self._promises: dict[str, Promise] = {}
@@ -229,8 +229,8 @@ class SchedulerSide:
     def _whole(self, step: Step, scheduled: Any) -> Step:
         """The step with what it says whatever it copies."""
         self._own_up(step, scheduled)
-        if self._fenced:
-            step.fresh = list(_fresh(scheduled, self._fenced))
+        if self._fence_page_tokens:
+            step.fresh = list(_fresh(scheduled, self._fence_page_tokens))
         return step
 
     def _own_up(self, step: Step, scheduled: Any) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from lmcache.core.fence import Fence
 from lmcache.core.log import init_logger
+from lmcache.core.mover import pages_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,35 +25,40 @@ logger = init_logger(__name__)
 class Stores:
     """Makes them in the order of the steps. All but the copies is for the main thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, behind: bool) -> None:
+        """Not `behind`, the main thread waits for each of them, wherever the pages are."""
+        self._behind = behind
         self._fence = Fence()
+        self._asked: set[int] = set()
+        """Regions of the step at hand whose layers have been computed."""
         self._stored: list[int] = []
-        """Regions of the step at hand that are stored, or will be."""
+        """Those of them that are stored; it is a new list for each step."""
         self._events: deque[StoredEvent] = deque()
 
     def begin(self, step: Step) -> None:
         """A step is at hand: no store may read the pages that it writes to any more."""
-        self._stored.clear()
-        loaded = (page for move in step.all_loads() for page in move.engine_pages)
-        self._fence.wait_for(chain(step.fresh, loaded))
+        self._asked, self._stored = set(), []
+        self._fence.wait_for([*step.fresh, *step.lost, *pages_of(step.all_loads())])
 
     def layer(self, mover: Mover | Lender, step: Step, region: int) -> None:
         """A layer of the step has been computed."""
-        moves = step.all_stores()
+        if region in self._asked:
+            return
+        self._asked.add(region)
+        moves, stored = step.all_stores(), self._stored
 
         def store(after: Event | None) -> None:
             mover.store(moves, region, after)
+            stored.append(region)
 
-        if region not in self._stored:
-            self._make(mover, moves, store)
-            self._stored.append(region)
+        self._make(mover, moves, store)
 
     def rest(self, mover: Mover | Lender, copies: list[Copy], ended: Callable[[], None]) -> None:
         """Store what no layer has stored, and call `ended` when nothing of the step is under way.
 
         Also with no `copies`, for layers may be.
         """
-        done = list(self._stored)
+        done = self._stored
 
         def store(after: Event | None) -> None:
             try:
@@ -78,11 +83,10 @@ class Stores:
         self, mover: Mover | Lender, moves: list[Move], store: Callable[[Event | None], None]
     ) -> None:
         after = mover.mark()
-        if after is None:
-            store(None)
+        if after is None or not self._behind:
+            store(after)
         else:
-            pages = [page for move in moves for page in move.engine_pages]
-            self._fence.submit(partial(store, after), pages)
+            self._fence.submit(partial(store, after), pages_of(moves))
 
     def _store(
         self, mover: Mover | Lender, copy: Copy, done: list[int], after: Event | None

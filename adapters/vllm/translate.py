@@ -179,10 +179,23 @@ def check_parallel(vllm_config: VllmConfig) -> None:
             raise LayoutError(f"{name} is {size}: the tokens of a page are spread over ranks")
 
 
-def fenced_page(vllm_config: VllmConfig) -> int:
+def fence_page_tokens(vllm_config: VllmConfig) -> int:
     """Tokens of a page on a device, where vLLM goes on while its pages are stored; else 0."""
     on_host = vllm_config.device_config.device_type == "cpu"
     return 0 if on_host else vllm_config.cache_config.block_size
+
+
+def stores_may_lag(vllm_config: VllmConfig, kv_cache_config: Any) -> bool:
+    """Whether all that writes to pages, or takes them away, waits for what we still store.
+
+    Another connector's loads do not, nor does an engine that sleeps, nor one that clears pages.
+    """
+    transfer: Any = vllm_config.kv_transfer_config
+    return not (
+        transfer.kv_connector == "MultiConnector"
+        or getattr(vllm_config.model_config, "enable_sleep_mode", False)
+        or getattr(kv_cache_config, "needs_kv_cache_zeroing", False)
+    )
 
 
 def slice_of(vllm_config: VllmConfig) -> int:

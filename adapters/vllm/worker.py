@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lmcache.adapters.vllm.grants import Grants
-from lmcache.adapters.vllm.loads import BatchLoads, load_copy
+from lmcache.adapters.vllm.loads import BatchLoads
 from lmcache.adapters.vllm.outside import OutsideLoads
 from lmcache.adapters.vllm.step import Step, StoredEvent
 from lmcache.adapters.vllm.stores import Stores
+from lmcache.adapters.vllm.translate import stores_may_lag
+from lmcache.core.mover import pages_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,9 +51,9 @@ class WorkerSide:
             deadline_s=deadline_s,
         )
         self._regions: dict[str, int] = {}
-        self._outside = OutsideLoads(load_copy) if outside else None
+        self._outside = OutsideLoads() if outside else None
         self._loads = BatchLoads(self._lose)
-        self.stores = Stores()
+        self.stores = Stores(behind=stores_may_lag(vllm_config, kv_cache_config))
         self._now: Granted | None = None
         """For the step at hand; None if the slab it was planned for is not mapped."""
         self._step = Step()
@@ -73,9 +75,9 @@ class WorkerSide:
 
     def begin(self, step: Step) -> None:
         """A step was bound. Where vLLM starts loads after the forward pass, layers store before."""
+        self.stores.begin(step)
         self.grants.tidy()
         self._step, self._now = step, self.grants.current(step.attachment)
-        self.stores.begin(step)
         if self._now and step.loads and not self._outside:
             self._loads.begin(step, self._now.mover)
         self._begin_answer(step)
@@ -125,8 +127,7 @@ class WorkerSide:
         """An error left the loads of a step in an unknown state: report all their pages."""
         self._loads.leave()
         self._lose(step.lost, step.unloaded)
-        pages = [page for move in step.all_loads() for page in move.engine_pages]
-        self._lose(pages, [copy.request_id for copy in step.loads])
+        self._lose(pages_of(step.all_loads()), [copy.request_id for copy in step.loads])
         if self._outside and self._now and step.number:
             for _ in step.loads:
                 self._now.progress.end(step.number)
@@ -165,7 +166,7 @@ class WorkerSide:
     # ----
 
     def _answers_here(self, step: Step) -> bool:
-        """Whether a part of a step is done on this thread, so that `finish` ends it."""
+        """Whether `finish` has a part of the step to end, here or behind the engine."""
         return bool(step.stores) or not self._outside
 
     def _end(self, now: Granted, step: Step) -> None:

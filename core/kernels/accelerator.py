@@ -53,7 +53,7 @@ class AcceleratorPages:
         self._planner = planner
         self._pins = pins
         self._paths = paths
-        self._guarded = device.guarded
+        self._kernels_only = device.kernels_only
         self._slab = np.int64(slab.address)
         self._host = HostCopier(threads)
         self._tiler = Tiler(planner, layout, buffer_bytes)
@@ -77,7 +77,7 @@ class AcceleratorPages:
         regions = self._layout.regions if region is None else (self._layout.regions[region],)
         size = len(pages.ids) * sum(one.page_bytes for one in regions)
         path = self._paths.choose(size / self._runs(pages, region), to_slab=to_slab)
-        if path == DIRECT and self._guarded and not to_slab:
+        if path == DIRECT and self._kernels_only and not to_slab:  # it passes no guard
             path = STAGED
         with self._pins.held() as held:
             if path == DIRECT and self._copy_runs(spans, region, held, after, to_slab=to_slab):

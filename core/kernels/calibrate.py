@@ -40,7 +40,7 @@ class _Pinned:
 def calibrate(make_device: Callable[[Planner], Device]) -> Table:
     """Copy `TOTAL_BYTES` both ways by each path, in runs of each length.
 
-    Takes about 0.1 s once the kernels are compiled.
+    Takes seconds where the kernels have to be compiled first.
     """
     table: Table = {"store": {}, "load": {}}
     for run_bytes in RUN_BYTES:

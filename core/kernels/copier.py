@@ -64,12 +64,19 @@ def copier_for(
 
 def device_of(tensors: Sequence[torch.Tensor]) -> torch.device | None:
     """The one device of all of them; None for the host."""
-    devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
-    if not devices:
-        return None
-    if len(devices) > 1 or any(tensor.device.type == "cpu" for tensor in tensors):
-        raise LayoutError(f"pages lie on {len(devices)} devices, or on the host as well")
-    return devices.pop()
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        raise LayoutError(f"pages lie on several devices: {', '.join(sorted(map(str, devices)))}")
+    return next((device for device in devices if device.type != "cpu"), None)
+
+
+def mark_on(device: torch.device) -> torch.cuda.Event:
+    """What the calling thread has queued so far, on torch's current stream."""
+    import torch
+
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def has_cuda(device: torch.device) -> bool:

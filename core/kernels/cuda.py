@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,13 @@ import torch
 
 from lmcache.core.kernels.accelerator import AcceleratorPages, BothWays
 from lmcache.core.kernels.calibrate import Notebook, calibrate
+from lmcache.core.kernels.copier import mark_on
 from lmcache.core.kernels.driver import Driver
+from lmcache.core.kernels.nearby import stay_near
 from lmcache.core.kernels.paged import PagedKernel
 from lmcache.core.kernels.paths import Paths, forced_path
 from lmcache.core.kernels.pinning import Pins
+from lmcache.core.log import init_logger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from lmcache.core.kernels.staging import Event
     from lmcache.core.layout import PageLayout
     from lmcache.core.slab import Slab
+
+logger = init_logger(__name__)
 
 
 class CudaMemory:
@@ -37,7 +43,9 @@ class CudaStream:
     def __init__(self, driver: Driver, device: torch.device, kernels: Kernels) -> None:
         self._driver = driver
         self._kernels = kernels
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        made = driver.new_stream()
+        self._stream = torch.cuda.ExternalStream(made, device)  # type: ignore[no-untyped-call]
+        weakref.finalize(self, driver.end_stream, device.index, made).atexit = False
 
     def copy(self, target: Int64s, source: Int64s, length: Int64s, *, stays: bool) -> None:
         """One call of the driver for all runs."""
@@ -70,6 +78,8 @@ class Kernels:
     def __init__(self, planner: Planner, device: torch.device, guard: int) -> None:
         self._guard = guard
         self._shapes = [(shape, PagedKernel(shape, device)) for shape in planner.shapes]
+        for _, kernel in self._shapes:
+            kernel.warm(guard=guard)
         torch.cuda.current_stream(device).synchronize()  # other streams read these tables
 
     def launch(self, regions: range, pages: Pages, *, to_stored: bool) -> None:
@@ -92,17 +102,11 @@ class CudaDevice:
     """Makes streams and memory on one GPU."""
 
     def __init__(
-        self,
-        planner: Planner,
-        device: torch.device,
-        driver: Driver | None = None,
-        guard: int = 0,
+        self, planner: Planner, device: torch.device, driver: Driver, guard: int = 0
     ) -> None:
-        """Raises `DeviceError` without a driver."""
         self._device = device
-        self._driver = driver or Driver()
-        self._driver.bind(device.index)
-        self.guarded = bool(guard)
+        self._driver = driver
+        self.kernels_only = bool(guard)
         self._kernels = Kernels(planner, device, guard)
 
     def stream(self) -> CudaStream:
@@ -122,7 +126,7 @@ class CudaDevice:
 
 
 class _Registrar:
-    """Pins memory on any thread."""
+    """Pins memory on any thread, which stays next to the device: pinning is the first touch."""
 
     def __init__(self, driver: Driver, device: int) -> None:
         self._driver = driver
@@ -130,6 +134,7 @@ class _Registrar:
 
     def register(self, address: int, size: int) -> None:
         self._driver.bind(self._device)
+        stay_near(self._driver.bus_id(self._device))
         self._driver.register(address, size)
 
     def unregister(self, address: int) -> None:
@@ -152,12 +157,12 @@ class CudaPages:
     ) -> None:
         """With `guard`, the address of a guard's word, only what that lets in writes to the pages.
 
-        Raises as `paths_of` does.
+        Raises `DeviceError` without a driver, `ConfigError` for a forced path that is none.
         """
-        self.paths = paths_of(device)
         self._device = device
         self._driver = Driver()
         self._driver.bind(device.index)
+        self.paths = paths_of(device, self._driver)
         made = CudaDevice(planner, device, self._driver, guard)
         self._pins = Pins(slab, _Registrar(self._driver, device.index))
         try:
@@ -178,9 +183,7 @@ class CudaPages:
 
     def mark(self) -> torch.cuda.Event:
         """What the calling thread has queued so far, on torch's current stream."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        return mark_on(self._device)
 
     def copy(
         self,
@@ -200,14 +203,14 @@ class CudaPages:
         self._pins.close()
 
 
-def paths_of(device: torch.device) -> Paths:
-    """The fastest paths of a device: measured once, which takes seconds, and kept in a file.
+def paths_of(device: torch.device, driver: Driver) -> Paths:
+    """The fastest paths of a device that the thread is bound to: measured once, and kept in a file.
 
-    Raises `DeviceError` without a driver, `ConfigError` for a forced path that is none.
+    Raises `ConfigError` for a forced path that is none.
     """
     forced = forced_path()
-    driver = Driver()
-    driver.bind(device.index)
+    if forced:
+        return Paths({}, forced)
     name = torch.cuda.get_device_name(device)
     machine = f"{name}, CUDA {torch.version.cuda}, driver {driver.version}"
     notebook = Notebook()
@@ -215,4 +218,5 @@ def paths_of(device: torch.device) -> Paths:
     if table is None:
         table = calibrate(lambda planner: CudaDevice(planner, device, driver))
         notebook.keep(machine, table)
-    return Paths(table, forced)
+    logger.info("Paths between %s and the cache, from which bytes of a run on: %s", machine, table)
+    return Paths(table)

@@ -21,6 +21,8 @@ BATCH_SINCE = 12080
 IN_STREAM_ORDER, IN_ANY_ORDER = 1, 3
 _PORTABLE_AND_MAPPED = 1 | 2
 _LAZY_PEER_ACCESS = 1
+_NON_BLOCKING = 1
+_BUS_ID_BYTES = 32
 HANDLE_BYTES = 64
 
 
@@ -107,11 +109,17 @@ class Driver:
 
     def identity(self, device: int) -> bytes:
         """16 bytes that tell a device from all others, in any process."""
-        number, found = ctypes.c_int(), ctypes.create_string_buffer(16)
-        code = self._library.cuDeviceGet(ctypes.byref(number), ctypes.c_int(device))
-        self._check("cuDeviceGet", code)
-        self._check("cuDeviceGetUuid", self._library.cuDeviceGetUuid_v2(found, number))
+        found = ctypes.create_string_buffer(16)
+        code = self._library.cuDeviceGetUuid_v2(found, self._at(device))
+        self._check("cuDeviceGetUuid", code)
         return found.raw
+
+    def bus_id(self, device: int) -> str:
+        """Where a device is plugged in, like `0000:41:00.0`."""
+        found = ctypes.create_string_buffer(_BUS_ID_BYTES)
+        code = self._library.cuDeviceGetPCIBusId(found, ctypes.c_int(len(found)), self._at(device))
+        self._check("cuDeviceGetPCIBusId", code)
+        return found.value.decode()
 
     def device_with(self, identity: bytes) -> int:
         """The number of a device in this process. Raises `DeviceError` if we have no such one."""
@@ -152,6 +160,20 @@ class Driver:
         code = self._library.cuIpcCloseMemHandle(ctypes.c_uint64(base))
         self._check("cuIpcCloseMemHandle", code)
 
+    def new_stream(self) -> int:
+        """On the device of this thread. The streams of torch are shared by all of a process."""
+        found = ctypes.c_void_p()
+        code = self._library.cuStreamCreate(ctypes.byref(found), ctypes.c_uint(_NON_BLOCKING))
+        self._check("cuStreamCreate", code)
+        assert found.value
+        return found.value
+
+    def end_stream(self, device: int, stream: int) -> None:
+        """What was queued is still done."""
+        self.bind(device)
+        code = self._library.cuStreamDestroy_v2(ctypes.c_void_p(stream))
+        self._check("cuStreamDestroy", code)
+
     def device_address(self, address: int) -> int:
         """Where the device sees a registered address; elsewhere on WSL 2, for one."""
         found = ctypes.c_uint64()
@@ -164,12 +186,16 @@ class Driver:
     # ----
 
     def _retain(self, device: int) -> ctypes.c_void_p:
-        number, context = ctypes.c_int(), ctypes.c_void_p()
-        code = self._library.cuDeviceGet(ctypes.byref(number), ctypes.c_int(device))
-        self._check("cuDeviceGet", code)
-        code = self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
+        context = ctypes.c_void_p()
+        code = self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), self._at(device))
         self._check("cuDevicePrimaryCtxRetain", code)
         return context
+
+    def _at(self, device: int) -> ctypes.c_int:
+        number = ctypes.c_int()
+        code = self._library.cuDeviceGet(ctypes.byref(number), ctypes.c_int(device))
+        self._check("cuDeviceGet", code)
+        return number
 
     def _copy_batch(self, columns: list[Int64s], order: int, stream: int) -> None:
         attributes = _Attributes(order=order)

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 SHUT = -(1 << 31)
-COUNT = 1 << 16
 
 
 @triton.jit
@@ -38,25 +37,16 @@ def shut_kernel(word, BIT: tl.constexpr):
 
 
 class Guards:
-    """Words on one device: one for each time that memory is lent. For any thread."""
+    """Words on one device. For any thread."""
 
-    count = COUNT
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._words = torch.zeros(COUNT, dtype=torch.int32, device=device)
+    def __init__(self, device: torch.device, count: int) -> None:
+        self._words = torch.zeros(count, dtype=torch.int32, device=device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.current_stream(device).synchronize()
 
     def address(self, number: int) -> int:
         """Where a word is."""
         return self._words[number].data_ptr()
-
-    def mark(self) -> torch.cuda.Event:
-        """What the calling thread has queued so far, on torch's current stream."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
 
     def shut(self, number: int) -> None:
         """Let nobody in any more."""

@@ -20,12 +20,22 @@ from lmcache.core.kernels.guard import enter, leave
 from lmcache.core.kernels.words import PROGRAMS, WARPS, copy_rows, tile_bytes, word_of
 
 if TYPE_CHECKING:
-    from lmcache.core.kernels.plan import Pages, Shape
+    from lmcache.core.kernels.plan import Int64s, Pages, Shape
 
 SMALLEST_PIECE = 128
+NUMBERS = (
+    "n_pages",
+    "n_regions",
+    "n_runs",
+    "run_bytes",
+    "first_region",
+    "tasks",
+    "guard",
+)
+"""Of which no value is worth a compilation of its own in the middle of serving."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _paged_kernel(
     pages,  # [4, P] int64: ids, order, payload, spread
     regions,  # [4, R] int64: base, page_stride, start, step
@@ -104,23 +114,51 @@ class PagedKernel:
         n_regions, n_runs = self._offsets.shape
         chosen = range(n_regions) if regions is None else regions
         word = min(self._word, word_of(pages.payload))
+        piece, rows = self._tiling(word)
+        tasks = len(chosen) * len(pages.ids) * n_runs * triton.cdiv(self._run_bytes, piece)
+        if tasks:
+            table = np.stack((pages.ids, pages.order, pages.payload, pages.spread))
+            grid = min(programs, triton.cdiv(tasks, rows))
+            self._start(table, chosen.start, tasks, grid, word, to_stored=to_stored, guard=guard)
+
+    def warm(self, *, guard: int = 0) -> None:
+        """Compile what nearly all launches use, both ways: in the middle of serving it takes long.
+
+        It is one that copies nothing.
+        """
+        nothing = np.zeros((4, 1), np.int64)
+        self._start(nothing, 0, 0, 1, self._word, to_stored=True, guard=0)
+        self._start(nothing, 0, 0, 1, self._word, to_stored=False, guard=guard)
+
+    def _tiling(self, word: int) -> tuple[int, int]:
+        """Bytes of a piece, and how many pieces a program copies at once."""
         tile = tile_bytes(word)
         piece = min(tile, max(SMALLEST_PIECE, triton.next_power_of_2(self._run_bytes)))
-        rows = tile // piece
-        tasks = len(chosen) * len(pages.ids) * n_runs * triton.cdiv(self._run_bytes, piece)
-        if not tasks:
-            return
-        table = np.stack((pages.ids, pages.order, pages.payload, pages.spread))
-        _paged_kernel[(min(programs, triton.cdiv(tasks, rows)),)](
+        return piece, tile // piece
+
+    def _start(
+        self,
+        table: Int64s,
+        first_region: int,
+        tasks: int,
+        grid: int,
+        word: int,
+        *,
+        to_stored: bool,
+        guard: int,
+    ) -> None:
+        n_regions, n_runs = self._offsets.shape
+        piece, rows = self._tiling(word)
+        _paged_kernel[(grid,)](
             torch.from_numpy(table).to(self._device),
             self._regions,
             self._offsets,
             self._places,
-            len(pages.ids),
+            table.shape[1],
             n_regions,
             n_runs,
             self._run_bytes,
-            chosen.start,
+            first_region,
             tasks,
             guard,
             TO_STORED=to_stored,

@@ -42,9 +42,10 @@ class Paths:
         return self._path[name][max(0, bisect_right(self._from[name], run_bytes) - 1)]
 
 
-def forced_path() -> str:
+def forced_path(env: Mapping[str, str] | None = None) -> str:
     """What `LMCACHE_COPY_PATH` says, if anything. Raises `ConfigError` if that is no path."""
-    path = environment_text("LMCACHE_COPY_PATH")
+    name = "LMCACHE_COPY_PATH"
+    path = environment_text(name) if env is None else environment_text(name, env=env)
     if path not in ("", *PATHS):
-        raise ConfigError(f"LMCACHE_COPY_PATH is {path!r}, expected one of {', '.join(PATHS)}")
+        raise ConfigError(f"{name} is {path!r}, expected one of {', '.join(PATHS)}")
     return path

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lmcache.core.kernels.plan import Int64s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _runs_kernel(
     runs,  # [3, N] int64: source, target, length
     count,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from lmcache.core.errors import DeviceError
 from lmcache.core.kernels.pinning import are_held
 from lmcache.core.kernels.tiles import absolute, columns
 
@@ -64,7 +63,7 @@ class Memory(Protocol):
 class Device(Protocol):
     """Where pages and buffers lie."""
 
-    guarded: bool
+    kernels_only: bool
     """Whether nothing but a kernel may write to the pages: they are another process's."""
 
     def stream(self) -> Stream:
@@ -154,7 +153,7 @@ class Staging:
             for buffer in self._ring:
                 buffer.landing = None
             for stream in (self._kernels, self._engine):
-                with suppress(DeviceError):
+                with suppress(Exception):  # each library has its own
                     stream.synchronize()
             raise
 

@@ -199,6 +199,9 @@ class Service:
             result = error
         except OSError as error:  # e.g. no descriptor left
             result = ServiceError(f"cannot visit the movers: {error}")
+        except Exception as error:  # of a GPU's libraries, say: its words must come back
+            logger.exception("cannot visit the movers of %s", about.name)
+            result = ServiceError(f"cannot visit the movers: {error!r}")
         self._visited.put(Visited(peer, call, about, words, result))
         self._wake()
 

@@ -40,7 +40,7 @@ def server(
     url: Annotated[
         str | None, typer.Option(help="Where people connect: if given, it must be ready.")
     ] = None,
-    mode: Annotated[str, typer.Option(help="Where the pages are: cpu.")] = "cpu",
+    mode: Annotated[str, typer.Option(help="Where the pages are: cpu, gpu.")] = "cpu",
     transfer_mode: Annotated[str, typer.Option(help=f"Who copies: {', '.join(MODES)}.")] = "auto",
     num_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a request.")] = 512,
     start: Annotated[int, typer.Option(min=0, help="Number of the first request.")] = 0,
@@ -56,7 +56,7 @@ def server(
 ) -> None:
     """Store and retrieve generated pages, timed and compared byte for byte."""
     from lmcache.cli.bench_engine import BenchEngine
-    from lmcache.cli.bench_pages import BenchPages, parse_shapes
+    from lmcache.cli.bench_pages import BenchPages, DevicePages, parse_shapes
 
     _check(mode, transfer_mode)
     if url:
@@ -66,7 +66,9 @@ def server(
     needed = -(-num_tokens // shapes[0].block_size)
     if 2 * needed > shapes[0].blocks:
         raise ConfigError(f"{num_tokens} tokens twice need {2 * needed} blocks")
-    pages = BenchPages(shapes, lends=transfer_mode == "lmcache_driven")
+    lends = transfer_mode == "lmcache_driven"
+    on_gpu = mode == "gpu"
+    pages = DevicePages(shapes, "cuda", lends=lends) if on_gpu else BenchPages(shapes, lends=lends)
     engine = BenchEngine(pages, rpc_url, transfer_mode)
     try:
         requests = _run(engine, num_tokens, needed, _numbers(start, end), interval)
@@ -90,8 +92,8 @@ def server(
 
 
 def _check(mode: str, transfer_mode: str) -> None:
-    if mode != "cpu":
-        raise ConfigError(f"--mode is {mode!r}; only pages in memory (cpu) can be generated so far")
+    if mode not in ("cpu", "gpu"):
+        raise ConfigError(f"--mode is {mode!r}, expected cpu or gpu")
     if transfer_mode not in MODES:
         raise ConfigError(f"--transfer-mode is {transfer_mode!r}, expected {', '.join(MODES)}")
 

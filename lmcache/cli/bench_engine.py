@@ -58,8 +58,8 @@ class BenchEngine:
             slice_index=0,
             pid=os.getpid(),
         )
-        lends = partial(pages.lent.lend, pages.layout) if pages.lent else None
-        self._door = Door(address_of(engine, 0), hello, self._attach, self._detach, lends)
+        lend = partial(pages.lent.lend, pages.layout) if pages.lent else None
+        self._door = Door(address_of(engine, 0), hello, self._attach, self._detach, lend)
         self._namespace = Namespace(
             model="bench", generation=engine if fresh else "", dtype="", layout=""
         )
@@ -103,7 +103,7 @@ class BenchEngine:
         slots, reason = self.client.reserve(chain, 0, len(chain.tokens), tail=True)
         step = self.client.depart(slots, [])
         moves = moves_for(slots, self.client.geometry, table, 0, len(table))
-        mover.store(moves)
+        mover.store(moves, None, mover.mark())
         mover.publish(moves)
         mover.finish(step)
         stored = sum(slot.pages for slot in slots) * self.client.geometry.page_tokens
@@ -117,7 +117,7 @@ class BenchEngine:
         looked_up = time.perf_counter()
         step = self.client.depart([], [hit])
         moves = moves_for(hit.slots, self.client.geometry, table, 0, len(table))
-        _, failed = mover.load(moves)
+        _, failed = mover.load(moves, None, mover.mark())
         mover.finish(step)
         loaded = time.perf_counter()
         self.client.release("bench", None)
@@ -163,7 +163,13 @@ class BenchEngine:
             layout=grant.layout,
         )
         slab = Slab(fds[0], grant.slab_bytes)
-        self._mover = Mover(self.pages.layout, geometry, slab, number=grant.word)
+        self._mover = Mover(
+            self.pages.layout,
+            geometry,
+            slab,
+            number=grant.word,
+            copier=self.pages.copier(slab),
+        )
 
     def _detach(self) -> None:
         if self._mover:

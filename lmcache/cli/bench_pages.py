@@ -15,7 +15,10 @@ from lmcache.core.layout import PageLayout, region_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lmcache.core.lent_memory import LentMemory
+    from lmcache.core.kernels.copier import PageCopier
+    from lmcache.core.layout import Region
+    from lmcache.core.lending import LentPages
+    from lmcache.core.slab import Slab
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8": 1, "uint8": 1, "int8": 1}
 POISON = 0xA5
@@ -66,37 +69,34 @@ def parse_shapes(text: str) -> list[Shape]:
 class BenchPages:
     """Memory with random content, laid out as an engine does it."""
 
-    def __init__(self, shapes: Sequence[Shape], *, lends: bool, seed: int = 42) -> None:
+    lent: LentPages | None = None
+    """Set if the server is to copy."""
+
+    def __init__(self, shapes: Sequence[Shape], *, lends: bool = False, seed: int = 42) -> None:
         """With `lends`, the memory can be handed to a server; that needs torch."""
         self.blocks, self.block_size = shapes[0].blocks, shapes[0].block_size
         self.block_bytes = self.block_size * sum(shape.bytes_per_token for shape in shapes)
-        self.lent: LentMemory | None = None
-        self._arrays = self._lend(shapes) if lends else [_empty(shape) for shape in _each(shapes)]
+        self._arrays = self._allocate([_empty(shape) for shape in _each(shapes)], lends=lends)
         rng = np.random.default_rng(seed)
         for array in self._arrays:
-            array[...] = rng.integers(
-                0, 255, array.shape[1:], np.uint8
-            )  # one layer's worth is enough
-        regions = [
-            _region(f"layer.{layer}.{kv}", part, shape.dtype)
+            one_layer = rng.integers(0, 255, array.shape[1:], np.uint8)  # K and V may be alike
+            array[...] = self._there(one_layer)
+        self.regions = [
+            (f"layer.{layer}.{kv}", part, shape.dtype)
             for layer, (array, shape) in enumerate(zip(self._arrays, _each(shapes), strict=True))
             for kv, part in enumerate(array)
         ]
+        regions = (self._region(*region) for region in self.regions)
         self.layout = PageLayout(tuple(regions), self.block_size, "bench")
 
-    def _lend(self, shapes: Sequence[Shape]) -> list[Any]:
-        import torch
-
-        from lmcache.core.lent_memory import LentMemory
-
-        tensors = [torch.from_numpy(_empty(shape)) for shape in _each(shapes)]
-        self.lent = LentMemory(tensors)
-        return [tensor.numpy() for tensor in tensors]
+    def copier(self, slab: Slab) -> PageCopier | None:
+        """Who copies between them and a slab; None for threads of a mover's own."""
+        return None
 
     def checksums(self, blocks: Sequence[int]) -> list[bytes]:
         """One for each block, over all layers."""
         index = list(blocks)
-        parts = [np.ascontiguousarray(array[:, index].swapaxes(0, 1)) for array in self._arrays]
+        parts = [np.ascontiguousarray(self._here(a[:, index]).swapaxes(0, 1)) for a in self._arrays]
         return [
             xxh3_128_digest(b"".join(part[i].tobytes() for part in parts))
             for i in range(len(index))
@@ -106,12 +106,75 @@ class BenchPages:
         """Give blocks a content that no other seed gives them."""
         rng = np.random.default_rng(seed)
         for array in self._arrays:
-            array[:, list(blocks), 0] = rng.integers(0, 255, array.shape[-1], np.uint8)
+            first_token = rng.integers(0, 255, array.shape[-1], np.uint8)
+            array[:, list(blocks), 0] = self._there(first_token)
 
     def poison(self, blocks: Sequence[int]) -> None:
         """So that what is not retrieved cannot pass for what is."""
         for array in self._arrays:
             array[:, list(blocks)] = POISON
+
+    def _allocate(self, arrays: list[Any], *, lends: bool) -> list[Any]:
+        if not lends:
+            return arrays
+        import torch
+
+        from lmcache.core.lending import lendable
+
+        tensors = [torch.from_numpy(array) for array in arrays]
+        self.lent = lendable(tensors)
+        return [tensor.numpy() for tensor in tensors]
+
+    def _there(self, content: Any) -> Any:
+        return content
+
+    def _here(self, content: Any) -> Any:
+        return content
+
+    def _region(self, name: str, part: Any, dtype: str) -> Region:
+        """K and V lie apart: each is a region, so that runs of neighbouring blocks are one."""
+        address, strides = part.ctypes.data, part.strides
+        return region_of(name, address, part.shape, strides, itemsize=1, dtype=dtype, page_axis=0)
+
+
+class DevicePages(BenchPages):
+    """Likewise, in the memory of a device that torch knows."""
+
+    def __init__(self, shapes: Sequence[Shape], device: str, *, lends: bool = False) -> None:
+        """Raises `ConfigError` if there is no such device."""
+        import torch
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--mode is 'gpu', but torch finds no CUDA device")
+        self._device = torch.device(device)
+        super().__init__(shapes, lends=lends)
+
+    def copier(self, slab: Slab) -> PageCopier:
+        """By where they are."""
+        from lmcache.core.kernels.copier import copier_for
+
+        return copier_for(self.layout, slab, [part for _, part, _ in self.regions])
+
+    def _allocate(self, arrays: list[Any], *, lends: bool) -> list[Any]:
+        import torch
+
+        from lmcache.core.lending import lendable
+
+        tensors = [torch.from_numpy(array).to(self._device) for array in arrays]
+        self.lent = lendable(tensors) if lends else None
+        return tensors
+
+    def _there(self, content: Any) -> Any:
+        import torch
+
+        return torch.from_numpy(content).to(self._device)
+
+    def _here(self, content: Any) -> Any:
+        return content.cpu().numpy()
+
+    def _region(self, name: str, part: Any, dtype: str) -> Region:
+        address, strides = part.data_ptr(), part.stride()
+        return region_of(name, address, part.shape, strides, itemsize=1, dtype=dtype, page_axis=0)
 
 
 def _each(shapes: Sequence[Shape]) -> list[Shape]:
@@ -121,16 +184,3 @@ def _each(shapes: Sequence[Shape]) -> list[Shape]:
 def _empty(shape: Shape) -> Any:
     width = shape.heads * shape.head_size * ITEM_BYTES[shape.dtype]
     return np.zeros((shape.kv, shape.blocks, shape.block_size, width), np.uint8)
-
-
-def _region(name: str, part: Any, dtype: str) -> Any:
-    """K and V lie apart: each is a region, so that runs of neighbouring blocks are one."""
-    return region_of(
-        name,
-        part.ctypes.data,
-        part.shape,
-        part.strides,
-        itemsize=1,
-        dtype=dtype,
-        page_axis=0,
-    )

@@ -15,7 +15,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import typer
 
+from lmcache.cli import bench, bench_pages
+from lmcache.cli.output import Format
 from lmcache.cli.server import _url_of
 from lmcache.core.errors import ConfigError, ServiceError
 from lmcache.core.service import wire
@@ -238,6 +241,40 @@ def test_bench_server_passes(start, tier, tmp_path):
     assert ran.returncode == 0, ran.stderr
     said = json.loads(ran.stdout)
     assert (said["requests"], said["checksum_ok"], said["pass_rate"]) == (3, 3, 100.0)
+
+
+@pytest.mark.parametrize("transfer_mode", ["engine_driven", "lmcache_driven"])
+def test_bench_server_with_pages_on_a_device(start, transfer_mode, monkeypatch, capsys):
+    """The CPU stands in for it: torch holds the pages, and who copies depends on where they are."""
+    pytest.importorskip("torch")
+    real = bench_pages.DevicePages
+
+    def on_cpu(shapes, device, *, lends):
+        assert device == "cuda"
+        return real(shapes, "cpu", lends=lends)
+
+    monkeypatch.setattr(bench_pages, "DevicePages", on_cpu)
+    server = start().wait_serving()
+    with pytest.raises(typer.Exit) as ended:
+        bench.server(
+            rpc_url=server.endpoint,
+            mode="gpu",
+            transfer_mode=transfer_mode,
+            end=3,
+            interval=0,
+            kvcache_shape_spec="(2,64,16,2,16):float16:2",
+            output_format=Format.JSON,
+        )
+    assert ended.value.exit_code == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["requests"], said["checksum_ok"], said["pass_rate"]) == (3, 3, 100.0)
+
+
+def test_bench_server_without_a_gpu(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch finds no CUDA device"):
+        bench.server(mode="gpu")
 
 
 class TestMistakes:

@@ -20,7 +20,7 @@ from lmcache.core.attachment import Attachment
 from lmcache.core.geometry import Geometry
 from lmcache.core.handover import Door, address_of
 from lmcache.core.lender import Lender
-from lmcache.core.lending import lend
+from lmcache.core.lending import lendable
 from lmcache.core.mover import Move, Mover
 from lmcache.core.slab import Slab
 from lmcache.core.tiers import Tiers
@@ -99,7 +99,7 @@ class GpuWorker(Worker):
 
         self.host = rig.Pages(32, slice_index=number)
         self.tensor = torch.from_numpy(self.host.memory).cuda()
-        self.memory = lend([self.tensor])
+        self.memory = lendable([self.tensor])
         moved = self.tensor.data_ptr() - self.host.memory.ctypes.data
         regions = [replace(r, base=r.base + moved) for r in self.host.layout.regions]
         self.layout = replace(self.host.layout, regions=tuple(regions))
@@ -108,11 +108,10 @@ class GpuWorker(Worker):
         address = address_of(engine, number)
         self.door = Door(address, hello, self.attach, self.leave, self.lend)
 
-    def lend(self):
-        return self.memory.lend(self.layout)
+    def lend(self, visitor):
+        return self.memory.lend(self.layout, visitor)
 
     def attach(self, grant, fds):
-        self.memory.lent_to(self.door.visitor())
         self.mover = Lender(self.layout, fds, 5.0, memory=self.memory, given_up=self.door.hang_up)
         self.granted += 1
 

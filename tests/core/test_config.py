@@ -219,9 +219,14 @@ def test_a_key_is_ours_or_ignored_not_both() -> None:
     ],
 )
 def test_other_known_variables_are_accepted(name: str, warnings: list[str]) -> None:
-    env = {name: "" if name == "LMCACHE_CONFIG_FILE" else "value"}
+    env = {name: {"LMCACHE_CONFIG_FILE": "", "LMCACHE_COPY_PATH": "staged"}.get(name, "value")}
     assert load_config(env=env).config == Config()
     assert warnings == []
+
+
+def test_a_path_for_copies_that_does_not_exist() -> None:
+    with pytest.raises(ConfigError, match="LMCACHE_COPY_PATH is 'fast', expected one of direct"):
+        load_config(env={"LMCACHE_COPY_PATH": "fast"})
 
 
 def test_what_kubernetes_adds_for_a_service_is_left_alone(warnings: list[str]) -> None:

@@ -36,8 +36,8 @@ class LendingRank:
         self.door = Door(address_of(engine, number), hello, self.attach, self.leave, self.lend)
         workshop.later(self.close)
 
-    def lend(self):
-        lending, fds = self.memory.lend(self.pages.layout)
+    def lend(self, visitor):
+        lending, fds = self.memory.lend(self.pages.layout, visitor)
         return msgspec.structs.replace(lending, spans=self.spans or lending.spans), fds
 
     def attach(self, grant, channels):

@@ -28,6 +28,7 @@ from lmcache.core.kernels import copier, driver
 from lmcache.core.kernels.host import HostPages
 from lmcache.core.lender import Lender
 from lmcache.core.lent_device import LentDevice
+from lmcache.core.mover import Move
 from lmcache.core.slab import anonymous_file
 from lmcache.core.tiers import Tiers
 
@@ -41,17 +42,16 @@ SHUT = -(1 << 31)
 
 
 class Event:
-    def __init__(self):
-        self.waits = 0
+    def __init__(self, gpu):
+        self.gpu, self.waits = gpu, 0
 
     def synchronize(self):
+        assert self.gpu.bound == 3, "or memory of another device is taken"
         self.waits += 1
 
 
 class Gpu:
     """The driver and the guards, for both sides."""
-
-    count = 16
 
     def __init__(self):
         fd = anonymous_file(SIZE)
@@ -103,8 +103,9 @@ class Gpu:
     def address(self, number):
         return self.here + GUARDS + 4 * number
 
-    def mark(self):
-        self.events.append(Event())
+    def mark_on(self, device):
+        assert device.index == 3
+        self.events.append(Event(self))
         return self.events[-1]
 
     def shut(self, number):
@@ -153,6 +154,7 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(driver, "Driver", lambda: made)
     monkeypatch.setattr(cuda, "CudaPages", pages)
+    monkeypatch.setattr(lent_device, "mark_on", made.mark_on)
     yield made
     vars(made).clear()  # pytest keeps what fixtures return longer than descriptors may stay
 
@@ -172,12 +174,11 @@ class Rank:
         self.door = Door(address, hello, self.attach, self.leave, self.lend)
         workshop.later(self.close)
 
-    def lend(self):
-        return self.memory.lend(self.pages.layout)
+    def lend(self, visitor):
+        assert visitor == os.getpid()
+        return self.memory.lend(self.pages.layout, self.pid)
 
     def attach(self, grant, channels):
-        assert self.door.visitor() == os.getpid()
-        self.memory.lent_to(self.pid)
         self.mover = Lender(
             self.pages.layout,
             channels,
@@ -259,7 +260,7 @@ def test_a_round_trip(gpu, rank, attach):
     assert rank.pages.wrong(SEQUENCE, range(8, 12), CHUNK) == []
     assert rank.pages.untouched(except_for=range(8, 12))
     assert [event.waits for event in gpu.events] == [1, 1], "the engine's own work comes first"
-    assert not gpu.words.any()
+    assert gpu.words.nonzero()[0].tolist() == [0], "the first was shut to have that compiled"
     attachment.close()
     assert gpu.opened == 0
 
@@ -313,9 +314,12 @@ def test_a_kernel_that_does_not_end_is_an_error(gpu, rank, attach, monkeypatch):
     with pytest.raises(DeviceError, match=f"a kernel of process {os.getpid()} has not ended"):
         load(attachment, rank)
     gpu.copiers[-1].inside.set()
+    move = Move(1 << 16, 1, 4, 0, [8])
+    assert rank.mover.load([move])[1] == [move], "nothing is lent any more, whatever is answered"
+    rig.wait_until(lambda: not attachment.is_whole())
 
 
-def test_each_visitor_has_a_guard_of_his_own(gpu, rank, attach):
+def test_a_guard_that_was_shut_does_not_let_the_next_visitor_wait(gpu, rank, attach):
     first = attach()
     store(first, rank)
     gpu.copiers[-1].before.clear()
@@ -332,11 +336,29 @@ def test_each_visitor_has_a_guard_of_his_own(gpu, rank, attach):
     assert gpu.words[2] == 0
 
 
-def test_guards_are_not_used_twice(gpu, rank):
-    for _ in range(gpu.count - 1):
-        rank.lend()
-    with pytest.raises(HandoverError, match="lent 16 times"):
-        rank.lend()
+def test_a_guard_that_was_shut_is_not_used_again(gpu, rank, monkeypatch):
+    monkeypatch.setattr(lent_device, "COUNT", 3)
+    guards = [rank.lend(os.getpid())[0].guard for _ in range(5)]
+    rank.memory.take_back()
+    guards.append(rank.lend(os.getpid())[0].guard)
+    assert guards == [*[gpu.address(1)] * 5, gpu.address(2)]
+    rank.memory.take_back()
+    with pytest.raises(HandoverError, match="taken back 3 times"):
+        rank.lend(os.getpid())
+
+
+@pytest.mark.parametrize("error", [ImportError("no module named triton"), RuntimeError("no room")])
+def test_a_copier_that_cannot_be_made(gpu, rank, attach, monkeypatch, error):
+    from lmcache.core.kernels import cuda
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(cuda, "CudaPages", fail)
+    with pytest.raises(HandoverError, match=f"cannot use the engine's GPU: {error}"):
+        attach()
+    assert gpu.opened == 0
+    assert rank.mover is None
 
 
 def test_memory_without_handles_is_refused(gpu, workshop, engine):
@@ -372,5 +394,5 @@ def test_who_has_ended():
 @pytest.mark.parametrize("others", [["cpu"], ["cuda:1"]])
 def test_pages_in_several_places(others):
     where = [SimpleNamespace(device=torch.device(name)) for name in ("cuda:0", *others)]
-    with pytest.raises(LayoutError, match="devices, or on the host as well"):
+    with pytest.raises(LayoutError, match=f"several devices: {min('cuda:0', *others)}, "):
         copier.device_of(where)

@@ -240,14 +240,14 @@ def without_worker(model):
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
 
-    from lmcache.adapters.vllm import worker
+    from lmcache.adapters.vllm import grants
     from lmcache.adapters.vllm.live import LIVE
     from lmcache.core.errors import LayoutError
 
     def refuse(*_):
         raise LayoutError("a layout nobody knows")
 
-    worker.layout_of = refuse
+    grants.layout_of = refuse
     llm = LLM(
         model=model,
         max_model_len=2048,

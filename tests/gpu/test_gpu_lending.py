@@ -15,6 +15,16 @@ from lmcache.core.tiers import Tiers
 CHUNK = rig.CHUNK_TOKENS
 
 
+def pinned(pages):
+    """Wait until all of its slab is: before that every path is the same one."""
+
+    def is_pinned():
+        with pages._pins.held() as ends:
+            return len(ends) and ends[-1] == pages._pins._slab.size
+
+    rig.wait_until(is_pinned, 30)
+
+
 class Scene:
     """An engine's worker in a process of its own, and the side that copies in this one."""
 
@@ -64,7 +74,9 @@ def scene():
 
 @pytest.mark.parametrize("path", PATHS)
 def test_pages_go_out_and_come_back(scene, path):
-    scene.mover._pages.paths.forced = path
+    pages = scene.mover._pages
+    pages.paths.forced = path
+    pinned(pages)
     sequence, table = rig.tokens(2 * CHUNK), range(8, 16)
     scene.store(sequence, range(8))
     scene.worker.do("poison")
@@ -79,5 +91,6 @@ def test_what_has_been_taken_back_is_not_written_to(scene):
     scene.worker.do("poison")
     moves, _ = scene.moves(sequence, table)
     scene.worker.do("take_back")
-    scene.mover.load(moves)
+    _, failed = scene.mover.load(moves)
+    assert failed == [], "who copies does not notice"
     assert scene.wrong(sequence, table) == [0, 1, 2, 3]

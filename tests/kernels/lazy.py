@@ -83,7 +83,7 @@ class Memory:
 class LazyDevice:
     """For any thread."""
 
-    guarded = False
+    kernels_only = False
 
     def __init__(self, planner, seed):
         self.lock = threading.RLock()

@@ -172,7 +172,7 @@ def test_only_kernels_write_to_guarded_pages(slab, pins_of, path, monkeypatch):
     pool = POOLS["layers"]
     pool.fill()
     device = LazyDevice(Planner(pool.layout), 0)
-    device.guarded = True
+    device.kernels_only = True
     targets, copy = [], Stream.copy
 
     def note(stream, target, source, length, *, stays):

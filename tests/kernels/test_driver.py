@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from lmcache.core.errors import DeviceError
 from lmcache.core.kernels import driver
 from lmcache.core.kernels.driver import Driver
+from lmcache.core.kernels.nearby import stay_near
 
 STREAM = 0x1234
 BATCH = ctypes.CFUNCTYPE(
@@ -108,6 +111,20 @@ class Library:
         found.raw = bytes([device.value]) * 16
         return self._said("uuid")
 
+    def cuStreamCreate(self, found, flags):
+        assert flags.value == 1
+        found._obj.value = 0x5000
+        return self._said("stream")
+
+    def cuStreamDestroy_v2(self, stream):
+        assert stream.value == 0x5000
+        return self._said("destroy")
+
+    def cuDeviceGetPCIBusId(self, found, size, device):
+        assert size.value >= 13
+        found.value = f"0000:{device.value:02X}:00.0".encode()
+        return self._said("bus")
+
     def cuDevicePrimaryCtxRetain(self, found, device):
         found._obj.value = 0xC0 + device.value
         return self._said("retain")
@@ -184,6 +201,10 @@ def test_memory_is_pinned_and_let_go():
         ("address", True, lambda made: made.device_address(1 << 20)),
         ("count", True, lambda made: made.device_with(bytes(16))),
         ("uuid", True, lambda made: made.identity(1)),
+        ("stream", True, lambda made: made.new_stream()),
+        ("destroy", True, lambda made: made.end_stream(1, 0x5000)),
+        ("bus", True, lambda made: made.bus_id(1)),
+        ("device", True, lambda made: made.bus_id(1)),
         ("retain", True, lambda made: made.bind(1)),
         ("current", True, lambda made: made.bind(1)),
         ("range", True, lambda made: made.allocation_of(1 << 20)),
@@ -211,6 +232,40 @@ def test_a_device_is_found_by_its_identity():
     assert made.device_with(made.identity(1)) == 1
     with pytest.raises(DeviceError, match=f"no GPU {'07' * 16} among the 2"):
         made.device_with(b"\7" * 16)
+
+
+def test_streams_are_ended_on_their_device():
+    library = Library()
+    made = Driver(library)
+    assert made.new_stream() == 0x5000
+    made.end_stream(1, 0x5000)
+    assert library.current == 0xC0 + 41
+
+
+def test_where_it_is_plugged_in():
+    assert Driver(Library()).bus_id(1) == "0000:29:00.0"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
+@pytest.mark.parametrize("said", ["{first}", "{first}-{first},4000-4001", "nonsense", "4000", None])
+def test_a_thread_stays_near_its_device(tmp_path, said):
+    """And where it was if the system does not say, or names processors we may not use."""
+    allowed = os.sched_getaffinity(0)
+    first = min(allowed)
+    if said:
+        folder = tmp_path / "0000:0a:00.0"
+        folder.mkdir()
+        (folder / "local_cpulist").write_text(said.format(first=first) + "\n")
+    seen = []
+
+    def thread():
+        stay_near("0000:0A:00.0", tmp_path)
+        seen.append(os.sched_getaffinity(0))
+
+    running = threading.Thread(target=thread)
+    running.start()
+    running.join()
+    assert seen == [{first} if said and "{first}" in said else allowed]
 
 
 def test_memory_is_shared_by_whole_allocations():

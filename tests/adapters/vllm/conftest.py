@@ -72,6 +72,20 @@ def make_engine(rig: ModuleType, base_config: Any) -> Iterator[Callable[..., Any
 
 
 @pytest.fixture
+def on_gpu(
+    rig: ModuleType, make_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Makes engines whose pages are on a GPU that does everything as late as it may."""
+
+    def make(seed: object, **options: Any) -> Any:
+        gpu = sys.modules["fake_gpu"].Gpu(str(seed))
+        monkeypatch.setattr("lmcache.adapters.vllm.grants.copier_for", gpu.copier_for)
+        return make_engine(gpu=gpu, **options)
+
+    return make
+
+
+@pytest.fixture
 def make_house() -> Iterator[Callable[..., Any]]:
     """Makes a server with room for so many bytes of slots; all end with the test."""
     house = load("house", HERE.parents[1] / "core")

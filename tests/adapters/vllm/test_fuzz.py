@@ -231,18 +231,6 @@ ON_GPU = {name: plan for name, plan in PLANS.items() if "ranks" not in plan}
 ON_GPU["layer by layer, ahead"] = {"options": {"use_layerwise": True}, "asynchronous": True}
 
 
-@pytest.fixture
-def on_gpu(make_engine, monkeypatch):
-    def make(seed, **options):
-        from fake_gpu import Gpu
-
-        gpu = Gpu(seed)
-        monkeypatch.setattr("lmcache.adapters.vllm.grants.copier_for", gpu.copier_for)
-        return make_engine(gpu=gpu, **options)
-
-    return make
-
-
 def check_right(engine):
     """Nothing went wrong, and no page was read or stored before it was there."""
     engine.settle()

@@ -175,6 +175,37 @@ def test_a_layer_whose_store_raises_is_not_seen(make_engine, region):
     engine.check_idle()
 
 
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("region", [None, 0, 1])
+def test_a_store_behind_the_engine_that_raises_is_not_seen(on_gpu, lines, region, times):
+    engine = on_gpu(region, options={"use_layerwise": region is not None})
+    make_faulty(engine, store=[region] * times)
+    failures = times if region is None else times - 1  # a layer is tried again with the rest
+    for turn in range(4):
+        assert engine.generate(str(turn), range(48)) == (47 if turn > failures else 0)
+        engine.settle()
+    assert lines.about("a job of lmcache-stores failed")
+    assert not any(engine.runner.wrong)
+    engine.check_text()
+    engine.check_idle()
+
+
+@pytest.mark.parametrize("region", [0, 1])
+def test_a_layer_ahead_whose_load_raises_is_a_load_that_failed(on_gpu, region):
+    engine = on_gpu(region, options={"use_layerwise": True})
+    engine.generate("cold", range(48))
+    engine.settle()
+    make_faulty(engine, load=[region])
+    engine.generate("warm", range(60), max_tokens=3)
+    assert [len(pages) for pages in engine.runner.invalid if pages] == [12]
+    engine.settle()
+    engine.check_text()
+    assert engine.generate("again", range(60)) in (48, 59), "its tail may not have been stored"
+    engine.settle()
+    engine.check_text()
+    engine.check_idle()
+
+
 def test_a_worker_that_always_fails_to_store_still_answers(engine, lines):
     make_faulty(engine, store=[None] * 20)
     for number in range(10):

@@ -4,6 +4,8 @@ them.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from lmcache.core.mover import Mover
@@ -272,3 +274,73 @@ def test_layers_need_vllm_to_call_them(make_engine, base_config, lines):
     assert not _layerwise_is_safe(config, {})
     assert len(lines.about("use_layerwise")) == 1
     assert _layerwise_is_safe(config, {"use_layerwise": True})
+
+
+# ---- what stores behind the engine have to keep off
+
+
+def scheduled(new=(), cached=()):
+    return SimpleNamespace(
+        scheduled_new_reqs=[
+            SimpleNamespace(req_id=name, block_ids=tables, num_computed_tokens=computed)
+            for name, tables, computed in new
+        ],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=[name for name, *_ in cached],
+            new_block_ids=[tables for _, tables, *_ in cached],
+            num_computed_tokens=[computed for *_, computed, _ in cached],
+            resumed_req_ids={name for name, *_, resumed in cached if resumed},
+        ),
+    )
+
+
+def test_pages_that_a_step_may_write_to(rig):
+    from lmcache.adapters.vllm.scheduler import _fresh
+
+    assert list(_fresh(scheduled(), 4)) == []
+    new = scheduled(new=[("a", ([3, 4, 5], [6, 7, 8]), 5)])
+    assert list(_fresh(new, 4)) == [4, 5, 7, 8], "the page with the last token that was found, too"
+    grown = scheduled(cached=[("a", ([9],), 12, False), ("b", None, 7, False)])
+    assert list(_fresh(grown, 4)) == [9], "whatever has been computed, it is a new page"
+    resumed = scheduled(cached=[("a", ([3, 9, 5],), 4, True)])
+    assert list(_fresh(resumed, 4)) == [9, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "may_lag"),
+    [
+        (lambda config, pages: None, True),
+        (lambda config, pages: setattr(config.model_config, "enable_sleep_mode", True), False),
+        (lambda config, pages: setattr(pages, "needs_kv_cache_zeroing", True), False),
+        (
+            lambda config, pages: setattr(
+                config.kv_transfer_config, "kv_connector", "MultiConnector"
+            ),
+            False,
+        ),
+    ],
+)
+def test_vllm_waits_for_stores_where_others_write_to_pages(change, may_lag):
+    from lmcache.adapters.vllm.translate import stores_may_lag
+
+    config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector="LMCacheConnectorV1"),
+        model_config=SimpleNamespace(enable_sleep_mode=False),
+    )
+    pages = SimpleNamespace()
+    change(config, pages)
+    assert stores_may_lag(config, pages) is may_lag
+
+
+def test_a_store_that_may_not_lag_is_made_at_once(on_gpu, monkeypatch):
+    monkeypatch.setattr("lmcache.adapters.vllm.worker.stores_may_lag", lambda *_: False)
+    engine = on_gpu("at once")
+    for name in "ab":
+        engine.generate(name, range(60), max_tokens=2)
+        assert not engine.ranks[0].side.stores._fence._reader
+        assert len(engine.cache.flights) == 0
+    assert engine.loaded > 0
+    engine.settle()
+    assert not any(engine.runner.wrong)
+    engine.check_text()
+    engine.check_idle()
