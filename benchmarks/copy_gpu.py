@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from lmcache.core.kernels.cuda import CudaPages
-from lmcache.core.kernels.paths import DIRECT, PATHS
+from lmcache.core.kernels.paths import DIRECT, PATHS, forced_path
 from lmcache.core.kernels.plan import Planner, Span
 from lmcache.core.kernels.words import PROGRAMS
 from lmcache.core.layout import PageLayout, region_of
@@ -209,6 +209,8 @@ def main():
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device")
+    if forced_path():
+        raise SystemExit("unset LMCACHE_COPY_PATH: all paths are measured")
     if not arguments.no_tests:
         subprocess.run([sys.executable, "-m", "pytest", "-q", ROOT / "tests/gpu"], check=True)
     device = torch.device("cuda", torch.cuda.current_device())

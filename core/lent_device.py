@@ -61,6 +61,8 @@ class LentDevice:
     def lend(self, layout: PageLayout, visitor: int) -> tuple[Lending, list[int]]:
         """For one more visitor, whom a guard lets in until `take_back`; the last one has left."""
         self._visitor = visitor
+        while self._word < COUNT and self._guards.inside(self._word):
+            self._word += 1  # of a visitor that died inside
         if self._word == COUNT:
             raise HandoverError(f"taken back {COUNT} times: the engine must be started again")
         lending = Lending(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from lmcache.core.fence import Fence
@@ -38,7 +39,8 @@ class Stores:
     def begin(self, step: Step) -> None:
         """A step is at hand: no store may read the pages that it writes to any more."""
         self._asked, self._stored = set(), []
-        self._fence.wait_for([*step.fresh, *step.lost, *pages_of(step.all_loads())])
+        loaded = (page for move in step.all_loads() for page in move.engine_pages)
+        self._fence.wait_for(chain(step.fresh, step.lost, loaded))
 
     def layer(self, mover: Mover | Lender, step: Step, region: int) -> None:
         """A layer of the step has been computed."""

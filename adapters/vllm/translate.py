@@ -185,11 +185,14 @@ def fence_page_tokens(vllm_config: VllmConfig) -> int:
     return 0 if on_host else vllm_config.cache_config.block_size
 
 
-def stores_may_lag(vllm_config: VllmConfig, kv_cache_config: Any) -> bool:
+def stores_may_lag(vllm_config: VllmConfig | None, kv_cache_config: Any) -> bool:
     """Whether all that writes to pages, or takes them away, waits for what we still store.
 
     Another connector's loads do not, nor does an engine that sleeps, nor one that clears pages.
+    `vllm_config` must be the engine's own: MultiConnector hides itself from its parts.
     """
+    if vllm_config is None:
+        return False
     transfer: Any = vllm_config.kv_transfer_config
     return not (
         transfer.kv_connector == "MultiConnector"

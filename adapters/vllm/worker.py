@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm.config import get_current_vllm_config_or_none
+
 from lmcache.adapters.vllm.grants import Grants
 from lmcache.adapters.vllm.loads import BatchLoads
 from lmcache.adapters.vllm.outside import OutsideLoads
@@ -53,7 +55,8 @@ class WorkerSide:
         self._regions: dict[str, int] = {}
         self._outside = OutsideLoads() if outside else None
         self._loads = BatchLoads(self._lose)
-        self.stores = Stores(behind=stores_may_lag(vllm_config, kv_cache_config))
+        engine = get_current_vllm_config_or_none()
+        self.stores = Stores(behind=stores_may_lag(engine, kv_cache_config))
         self._now: Granted | None = None
         """For the step at hand; None if the slab it was planned for is not mapped."""
         self._step = Step()

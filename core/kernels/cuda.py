@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+_IDLE: defaultdict[int, list[int]] = defaultdict(list)
+"""Streams that nobody uses any more, by device: torch keeps memory for each it has ever seen."""
+
 
 class CudaMemory:
     """A piece of memory, given back to torch with the last reference."""
@@ -43,9 +47,13 @@ class CudaStream:
     def __init__(self, driver: Driver, device: torch.device, kernels: Kernels) -> None:
         self._driver = driver
         self._kernels = kernels
-        made = driver.new_stream()
+        idle = _IDLE[device.index]
+        try:
+            made = idle.pop()
+        except IndexError:
+            made = driver.new_stream()
         self._stream = torch.cuda.ExternalStream(made, device)  # type: ignore[no-untyped-call]
-        weakref.finalize(self, driver.end_stream, device.index, made).atexit = False
+        weakref.finalize(self, idle.append, made).atexit = False
 
     def copy(self, target: Int64s, source: Int64s, length: Int64s, *, stays: bool) -> None:
         """One call of the driver for all runs."""
@@ -218,5 +226,6 @@ def paths_of(device: torch.device, driver: Driver) -> Paths:
     if table is None:
         table = calibrate(lambda planner: CudaDevice(planner, device, driver))
         notebook.keep(machine, table)
+        torch.cuda.empty_cache()  # what measuring took is the engine's again
     logger.info("Paths between %s and the cache, from which bytes of a run on: %s", machine, table)
     return Paths(table)

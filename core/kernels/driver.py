@@ -168,12 +168,6 @@ class Driver:
         assert found.value
         return found.value
 
-    def end_stream(self, device: int, stream: int) -> None:
-        """What was queued is still done."""
-        self.bind(device)
-        code = self._library.cuStreamDestroy_v2(ctypes.c_void_p(stream))
-        self._check("cuStreamDestroy", code)
-
     def device_address(self, address: int) -> int:
         """Where the device sees a registered address; elsewhere on WSL 2, for one."""
         found = ctypes.c_uint64()

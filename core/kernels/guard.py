@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 
 SHUT = -(1 << 31)
+WORDS_APART = 4
+"""So that all are aligned alike, and one compilation does for them."""
 
 
 @triton.jit
@@ -40,7 +42,7 @@ class Guards:
     """Words on one device. For any thread."""
 
     def __init__(self, device: torch.device, count: int) -> None:
-        self._words = torch.zeros(count, dtype=torch.int32, device=device)
+        self._words = torch.zeros(count, WORDS_APART, dtype=torch.int32, device=device)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         torch.cuda.current_stream(device).synchronize()
 
@@ -51,9 +53,9 @@ class Guards:
     def shut(self, number: int) -> None:
         """Let nobody in any more."""
         with torch.cuda.stream(self._stream):
-            shut_kernel[(1,)](self._words[number:], BIT=SHUT)
+            shut_kernel[(1,)](self._words[number], BIT=SHUT)
 
     def inside(self, number: int) -> int:
         """How many programs are in."""
         with torch.cuda.stream(self._stream):
-            return int(self._words[number].item()) & ~SHUT
+            return int(self._words[number, 0].item()) & ~SHUT

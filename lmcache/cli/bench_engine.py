@@ -97,7 +97,7 @@ class BenchEngine:
         return Timed(spent, hit.tokens, hit.receipt.reason)
 
     def store(self, chain: KeyChain, table: Sequence[int]) -> Timed:
-        """Store a prompt whose pages are `table`."""
+        """Store a prompt whose pages are `table`; on return the server has taken note of it."""
         mover = self._ready()
         started = time.perf_counter()
         slots, reason = self.client.reserve(chain, 0, len(chain.tokens), tail=True)
@@ -107,7 +107,11 @@ class BenchEngine:
         mover.publish(moves)
         mover.finish(step)
         stored = sum(slot.pages for slot in slots) * self.client.geometry.page_tokens
-        return Timed(time.perf_counter() - started, stored, reason)
+        timed = Timed(time.perf_counter() - started, stored, reason)
+        while self.lookup(chain).reason is Reason.BEING_WRITTEN:
+            if time.perf_counter() - started > DEADLINE_S:
+                raise ServiceError(f"what was stored is not complete after {DEADLINE_S} s")
+        return timed
 
     def retrieve(self, chain: KeyChain, table: Sequence[int]) -> tuple[Timed, Timed]:
         """Look a prompt up and load what there is into `table`: the lookup, and the load."""

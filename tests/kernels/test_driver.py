@@ -116,10 +116,6 @@ class Library:
         found._obj.value = 0x5000
         return self._said("stream")
 
-    def cuStreamDestroy_v2(self, stream):
-        assert stream.value == 0x5000
-        return self._said("destroy")
-
     def cuDeviceGetPCIBusId(self, found, size, device):
         assert size.value >= 13
         found.value = f"0000:{device.value:02X}:00.0".encode()
@@ -202,7 +198,6 @@ def test_memory_is_pinned_and_let_go():
         ("count", True, lambda made: made.device_with(bytes(16))),
         ("uuid", True, lambda made: made.identity(1)),
         ("stream", True, lambda made: made.new_stream()),
-        ("destroy", True, lambda made: made.end_stream(1, 0x5000)),
         ("bus", True, lambda made: made.bus_id(1)),
         ("device", True, lambda made: made.bus_id(1)),
         ("retain", True, lambda made: made.bind(1)),
@@ -234,12 +229,8 @@ def test_a_device_is_found_by_its_identity():
         made.device_with(b"\7" * 16)
 
 
-def test_streams_are_ended_on_their_device():
-    library = Library()
-    made = Driver(library)
-    assert made.new_stream() == 0x5000
-    made.end_stream(1, 0x5000)
-    assert library.current == 0xC0 + 41
+def test_a_stream_of_its_own():
+    assert Driver(Library()).new_stream() == 0x5000
 
 
 def test_where_it_is_plugged_in():

@@ -30,6 +30,7 @@ from vllm.config import (
     ModelConfig,
     SchedulerConfig,
     VllmConfig,
+    set_current_vllm_config,
 )
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -233,9 +234,10 @@ class Engine:
             config = copy.copy(self.config)
             config.parallel_config = copy.copy(self.config.parallel_config)
             config.parallel_config.rank = number
-            connector = KVConnectorFactory.create_connector(
-                config, KVConnectorRole.WORKER, self.kv_config
-            )
+            with set_current_vllm_config(config):
+                connector = KVConnectorFactory.create_connector(
+                    config, KVConnectorRole.WORKER, self.kv_config
+                )
             layout = KVCacheLayout[self.config.cache_config.kv_cache_layout]
             kv_caches = allocate_kv_cache(self.kv_config, torch.device("cpu"), layout)
             rank = Rank(number, connector, kv_caches)

@@ -41,6 +41,21 @@ def test_without_a_hit_of_theirs_all_is_as_ever(make_pair, first):
     engine.check_idle()
 
 
+def test_on_a_device_vllm_waits_for_our_stores_beside_another_connector(on_gpu):
+    """Their loads write to pages that nobody tells us of."""
+    alone = on_gpu("alone")
+    connectors = {"connectors": [OURS, OTHER]}
+    connector = {"kv_connector": "MultiConnector", "kv_connector_extra_config": connectors}
+    beside = on_gpu("beside", connector=connector)
+    assert [engine.ranks[0].side.stores._behind for engine in (alone, beside)] == [True, False]
+    assert beside.generate("cold", range(50), max_tokens=3) == 0
+    assert not beside.ranks[0].side.stores._fence._reader
+    assert beside.generate("warm", range(50), max_tokens=3) == 48
+    beside.settle()
+    beside.check_text()
+    beside.check_idle()
+
+
 @pytest.mark.parametrize("prefix_caching", [False, True])
 def test_what_they_loaded_is_stored_by_us(make_pair, prefix_caching):
     engine = make_pair(first=False, prefix_caching=prefix_caching)
