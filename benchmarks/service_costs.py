@@ -121,20 +121,24 @@ def lookups(times: int = 200) -> dict[str, Any]:
     with served(OURS, "--l1-size-gb", "0.25") as (port, _):
         url = f"tcp://127.0.0.1:{port}"
         pages = BenchPages(parse_shapes(f"(1,{LOOKUPS[-1] // 16},16,1,16):uint8:1"), lends=False)
-        engine = BenchEngine(pages, url, "auto")
+        engine, other = (BenchEngine(pages, url, "auto", fresh=False) for _ in range(2))
         for tokens in LOOKUPS:
-            chain = engine.chain(tokens, tokens)
-            engine.store(chain, range(tokens // 16))
+            for number in range(times // 4):
+                engine.store(engine.chain(number, tokens), range(tokens // 16))
+            chain = engine.chain(0, tokens)
             known = [engine.lookup(chain) for _ in range(times)]
-            assert known[-1].tokens == tokens
-            fresh = [engine.lookup(engine.chain(tokens, tokens)) for _ in range(times // 4)]
+            fresh = [engine.lookup(engine.chain(0, tokens)) for _ in range(times // 4)]
+            others = [other.lookup(other.chain(n, tokens)) for n in range(times // 4)]
             cold = [engine.lookup(engine.chain(10**6 + n, tokens)) for n in range(times // 4)]
+            assert {one.tokens for one in known + fresh + others} == {tokens}
             figures[str(tokens)] = {
                 "asked_again_ms": _median(known),
                 "new_request_ms": _median(fresh),
+                "of_another_engine_ms": _median(others),
                 "nothing_stored_ms": _median(cold),
             }
         engine.close()
+        other.close()
         figures[f"{CLIENTS} engines, {LOOKUPS[0]}"] = _crowd(url, pages, times // 4)
     return figures
 

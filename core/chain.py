@@ -56,6 +56,10 @@ class KeyChain:
         for chunk in range(len(self._keys) - 1, count):
             yield self.key(chunk)
 
+    def has_keys(self, stop: int) -> bool:
+        """Whether the keys of all full chunks before token position `stop` are computed."""
+        return len(self._keys) > stop // self.chunk_tokens
+
     def adopt(self, other: KeyChain, common: int) -> None:
         """Take over what `other` knows of the first `common` tokens, which both share.
 

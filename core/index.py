@@ -7,6 +7,7 @@ more than the chunks are worth.
 from __future__ import annotations
 
 from array import array
+from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,10 @@ class Slot(NamedTuple):
     pages: int
     chunk: int
     """Which chunk of its sequence it is."""
+
+
+_NEW_SLOT: Callable[[Any], Slot] = partial(tuple.__new__, Slot)
+"""`Slot._make` in half the time."""
 
 
 class Index:
@@ -103,7 +108,7 @@ class Index:
             return [self.slot(entry, chunk) for chunk, entry in enumerate(entries)]
         of: Callable[[Any], tuple[Any, ...]] = itemgetter(*entries)
         columns = (self.keys, self.offset, self.size, self.generation, self.pages)
-        return list(map(Slot._make, zip(*map(of, columns), range(len(entries)), strict=True)))
+        return list(map(_NEW_SLOT, zip(*map(of, columns), range(len(entries)), strict=True)))
 
     def remove(self, entry: int) -> ChunkKey:
         """Forget an entry, whose number may be given out again."""

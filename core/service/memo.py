@@ -1,14 +1,14 @@
-"""Remembers the keys of recent sequences, for those that begin alike.
+"""Remembers recent sequences, for those that begin alike.
 
 A conversation comes again with every turn, longer by a little: comparing its tokens with those of
-the last turn costs a fiftieth of hashing them.
+the last turn costs a fiftieth of hashing them, and a tenth of sending them.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,41 +16,59 @@ if TYPE_CHECKING:
     from lmcache.core.chain import KeyChain
 
 SEQUENCES = 256
-TOKENS = 8 << 20
-"""Of all remembered sequences together: 32 MiB, and as much again for their keys."""
 
-_Start = tuple[bytes, int, bytes]
+Item = TypeVar("Item")
 
 
-class ChainMemo:
-    """The latest sequence of each beginning, up to a bound. Not for several threads at once."""
+class Beginning(NamedTuple):
+    """What sequences that may share chunks have in common."""
 
-    def __init__(self) -> None:
-        self._chains: OrderedDict[_Start, tuple[KeyChain, int]] = OrderedDict()
+    root: bytes
+    page_tokens: int
+    first: bytes
+    """The tokens of the first chunk."""
+
+
+def beginning(chain: KeyChain, tokens: array[int]) -> Beginning | None:
+    """Of a sequence of these tokens; None if it is too short, or has inserts."""
+    if chain.inserts or len(tokens) < chain.chunk_tokens:
+        return None
+    return Beginning(chain.root, chain.page_tokens, tokens[: chain.chunk_tokens].tobytes())
+
+
+class Memo(Generic[Item]):
+    """The latest item of each beginning, up to a bound. Not for several threads at once."""
+
+    def __init__(self, most_tokens: int) -> None:
+        self._most_tokens = most_tokens
+        self._items: OrderedDict[Beginning, tuple[Item, int]] = OrderedDict()
         self._tokens = 0
 
-    def complete(self, chain: KeyChain) -> None:
-        """Give a sequence that has just begun the keys that are known, and remember it."""
-        tokens = chain.tokens
-        if chain.inserts or not isinstance(tokens, array) or len(tokens) < chain.chunk_tokens:
-            return
-        first = tokens[: chain.chunk_tokens].tobytes()
-        start = (chain.root, chain.page_tokens, first)
-        if start in self._chains:
-            like, size = self._chains.pop(start)
+    def swap(self, start: Beginning, item: Item, tokens: int) -> Item | None:
+        """Keep `item`, of so many tokens, and return the one it takes the place of."""
+        old, size = self._items.pop(start, (None, 0))
+        self._items[start] = item, tokens  # it may grow, but is counted as it is now
+        self._tokens += tokens - size
+        while self._tokens > self._most_tokens or len(self._items) > SEQUENCES:
+            _, (_, size) = self._items.popitem(last=False)
             self._tokens -= size
-            chain.adopt(like, _common(tokens, like.tokens))
-        self._chains[start] = chain, len(tokens)  # it may grow, but is counted as it is now
-        self._tokens += len(tokens)
-        while self._tokens > TOKENS or len(self._chains) > SEQUENCES:
-            _, (_, size) = self._chains.popitem(last=False)
-            self._tokens -= size
+        return old
 
 
-def _common(ours: array[int], theirs: object) -> int:
+def take_keys(memo: Memo[KeyChain], chain: KeyChain) -> None:
+    """Give a sequence that has just begun the keys that are known, and remember it."""
+    tokens = chain.tokens
+    assert isinstance(tokens, array)
+    start = beginning(chain, tokens)
+    like = memo.swap(start, chain, len(tokens)) if start else None
+    if like and not chain.has_keys(len(tokens)):
+        assert isinstance(like.tokens, array)
+        chain.adopt(like, common(tokens, like.tokens))
+
+
+def common(ours: array[int], theirs: array[int]) -> int:
     """How many tokens two sequences share from the first on."""
-    assert isinstance(theirs, array)
     length = min(len(ours), len(theirs))
     differ = np.frombuffer(ours, np.uint32, length) != np.frombuffer(theirs, np.uint32, length)
-    first = int(differ.argmax())
+    first = int(differ.argmax()) if length else 0
     return first if length and differ[first] else length

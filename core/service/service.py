@@ -18,18 +18,21 @@ from lmcache.core.errors import LMCacheError, ServiceError
 from lmcache.core.log import init_logger
 from lmcache.core.pool import DaemonPool
 from lmcache.core.service import wire
-from lmcache.core.service.memo import ChainMemo
+from lmcache.core.service.memo import Memo
 from lmcache.core.service.session import Session, UnknownError
 from lmcache.core.slab import MAX_MOVERS, MOVER_BYTES, WORD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from lmcache.core.chain import KeyChain
     from lmcache.core.decider import Decider
     from lmcache.core.tiers import Tiers
 
 logger = init_logger(__name__)
 
+MEMO_TOKENS = 8 << 20
+"""32 MiB, and with small chunks as much again for their keys."""
 VISIT_S = 5.0
 """How long the movers of a new engine may take to answer."""
 LEAVE_S = 5.0
@@ -73,7 +76,7 @@ class Service:
         self.sessions: dict[int, Session] = {}
         self.leaving: list[Session] = []
         """Of engines that are gone, whose movers may still touch the slab."""
-        self._memo = ChainMemo()
+        self._memo: Memo[KeyChain] = Memo(MEMO_TOKENS)
         self._words = set(range(MAX_MOVERS))
         self._wake = wake
         self._visited: SimpleQueue[Visited] = SimpleQueue()

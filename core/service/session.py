@@ -13,7 +13,7 @@ from lmcache.core.errors import ServiceError
 from lmcache.core.keys import ChunkKey, Insert
 from lmcache.core.log import init_logger
 from lmcache.core.service import wire
-from lmcache.core.service.memo import ChainMemo  # noqa: TC001 - a field of a dataclass
+from lmcache.core.service.memo import Memo, take_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -55,7 +55,7 @@ class Session:
     """Its movers' words in the slab."""
     peer: bytes
     """Where its answers go."""
-    memo: ChainMemo
+    memo: Memo[KeyChain]
     sequences: dict[int, KeyChain] = field(default_factory=dict)
     hits: dict[int, Hit] = field(default_factory=dict)
     """Leases that have not departed, by number."""
@@ -97,8 +97,7 @@ class Session:
                 self.attachment.cancel(*self._take(body.stores, body.loads))
             case wire.Forget():
                 for sequence in body.sequences:
-                    chain = self.sequences.pop(sequence, None)
-                    self.tokens -= len(chain.tokens) if chain else 0
+                    self._drop(sequence)
             case _:
                 raise ServiceError(f"{type(body).__name__} is not for a session")
         return None
@@ -202,40 +201,59 @@ class Session:
         if more is not None:
             if more.at == 0:
                 chain = self._begin(number, more)
-            elif chain is None or len(chain.tokens) != more.at:
+            elif chain is None or len(chain.tokens) != more.at or more.like:
                 raise UnknownError("the beginning of a sequence")
             self._grow(chain, more.tokens)
             if more.at == 0:
-                self.memo.complete(chain)
+                take_keys(self.memo, chain)
         if chain is None or len(chain.tokens) < stop:
             raise UnknownError("a sequence")
         return chain
 
     def _begin(self, number: int, more: wire.More) -> KeyChain:
-        old = self.sequences.pop(number, None)
-        self.tokens -= len(old.tokens) if old else 0
+        like = self._like(more.like) if more.like else None
+        self._drop(number)
         if len(self.sequences) >= MAX_SEQUENCES:
             raise UnknownError(f"more than {MAX_SEQUENCES} sequences")
         geometry = self.attachment.geometry
-        chain = self.sequences[number] = KeyChain(
+        chain = KeyChain(
             ChunkKey(more.root),
             array("I"),
             page_tokens=geometry.page_tokens,
             pages_per_chunk=geometry.pages_per_chunk,
             inserts=[Insert(s.identifier, s.offset, s.length) for s in more.shown],
         )
+        self.sequences[number] = chain
+        if more.like and like:
+            assert isinstance(like.tokens, array)
+            self._append(chain, memoryview(like.tokens).cast("B")[: 4 * more.like.tokens])
+            if (like.root, like.inserts) == (chain.root, chain.inserts):
+                chain.adopt(like, more.like.tokens)
         return chain
+
+    def _like(self, like: wire.Like) -> KeyChain:
+        chain = self.sequences.get(like.sequence)
+        if chain is None or len(chain.tokens) < like.tokens:
+            raise UnknownError("the sequence that another is like")
+        return chain
+
+    def _drop(self, number: int) -> None:
+        chain = self.sequences.pop(number, None)
+        self.tokens -= len(chain.tokens) if chain else 0
 
     def _grow(self, chain: KeyChain, data: memoryview) -> None:
         if len(data) % 4:
             raise ServiceError(f"{len(data)} bytes are no whole tokens")
-        if self.tokens + len(data) // 4 > MAX_KNOWN_TOKENS:
-            raise UnknownError(f"more than {MAX_KNOWN_TOKENS} tokens in all")
-        tokens = chain.tokens
-        assert isinstance(tokens, array)
         if sys.byteorder == "big":
             swapped = array("I", data.tobytes())
             swapped.byteswap()
             data = memoryview(swapped).cast("B")
-        tokens.frombytes(data)
-        self.tokens += len(data) // 4
+        self._append(chain, data)
+
+    def _append(self, chain: KeyChain, tokens: memoryview) -> None:
+        count = len(tokens) // 4
+        if self.tokens + count > MAX_KNOWN_TOKENS:
+            raise UnknownError(f"more than {MAX_KNOWN_TOKENS} tokens in all")
+        assert isinstance(chain.tokens, array)
+        chain.tokens.frombytes(tokens)
+        self.tokens += count

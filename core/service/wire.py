@@ -44,6 +44,14 @@ class Shown(msgspec.Struct, frozen=True):
     length: Position
 
 
+class Like(msgspec.Struct, frozen=True):
+    """The first tokens of a sequence that the server knows."""
+
+    sequence: Word
+    tokens: Position
+    """How many."""
+
+
 class More(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of a sequence that the server has not been told yet."""
 
@@ -51,6 +59,8 @@ class More(msgspec.Struct, frozen=True, kw_only=True):
     shown: Annotated[list[Shown], Meta(max_length=4096)] = []
     at: Position = 0
     """How many it must know already; 0 begins the sequence anew."""
+    like: Like | None = None
+    """What a sequence that begins anew begins with, before `tokens`."""
     tokens: Annotated[memoryview, Meta(max_length=4 * MAX_TOKENS)]
     """Token ids, 32 bits each, little-endian. Not copied."""
 

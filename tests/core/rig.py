@@ -154,12 +154,13 @@ def geometry(slices=1, *, pages_per_chunk=PAGES_PER_CHUNK, layout=None):
     )
 
 
-def chain(sequence, *, salt="", pages_per_chunk=PAGES_PER_CHUNK):
+def chain(sequence, *, salt="", inserts=(), pages_per_chunk=PAGES_PER_CHUNK):
     return KeyChain(
         root_key(NAMESPACE, Identity(salt=salt)),
         sequence,
         page_tokens=PAGE_TOKENS,
         pages_per_chunk=pages_per_chunk,
+        inserts=inserts,
     )
 
 

@@ -146,3 +146,11 @@ def test_a_page_of_one_token(sequence):
     keys = [chain.key(i) for i in range(whole)]
     keys += [chain.tail(whole, n) for n in range(1, rest + 1)]
     assert len(set(keys)) == whole + rest
+
+
+def test_it_says_which_keys_it_has():
+    chain = rig.chain(rig.tokens(4 * rig.CHUNK_TOKENS))
+    for chunks in range(4):
+        assert chain.has_keys((chunks + 1) * rig.CHUNK_TOKENS - 1)
+        assert not chain.has_keys((chunks + 1) * rig.CHUNK_TOKENS)
+        chain.key(chunks)

@@ -449,6 +449,13 @@ class TestRoom:
             store(made, rig.tokens(CHUNK, seed=lost))
             assert lookup_tokens(made, rig.tokens(4 * CHUNK)) == (4 - lost) * CHUNK
 
+    def test_what_a_reservation_finds_stored_was_used(self, made):
+        for seed in range(4):
+            store(made, rig.tokens(CHUNK, seed))
+        store(made, rig.tokens(2 * CHUNK))
+        stored = [seed for seed in range(4) if rig.chain(rig.tokens(CHUNK, seed)).key(0) in made]
+        assert stored == [0, 2, 3]
+
     def test_a_slot_that_is_being_written_is_not_evicted(self, made):
         slots, _ = reserve(made, rig.tokens(3 * CHUNK))
         for seed in range(1, 10):
@@ -548,6 +555,12 @@ class TestLeases:
         made.release(second.lease)
         made.release(None)
         rig.assert_idle(made)
+
+    def test_uses_do_not_pile_up_where_nothing_is_stored(self, made):
+        store(made, rig.tokens(2 * CHUNK))
+        for _ in range(100):
+            made.release(lookup(made, rig.tokens(2 * CHUNK)).lease)
+        assert len(made._used) <= 2
 
     def test_many_leases_on_one_chunk(self, made):
         """A system prompt that a hundred thousand waiting requests share."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from array import array
@@ -15,11 +16,13 @@ from house import House
 from lmcache.backends.memory import MemoryBackend
 from lmcache.core.engine import moves_for
 from lmcache.core.errors import ConfigError, ServiceError
+from lmcache.core.keys import Insert
 from lmcache.core.receipts import Reason
 from lmcache.core.service import memo as memo_module
+from lmcache.core.service import session as sessions
 from lmcache.core.service import wire
 from lmcache.core.service.client import ATTACH_S, ServiceClient
-from lmcache.core.service.memo import ChainMemo
+from lmcache.core.service.memo import Memo, take_keys
 from lmcache.core.tier import Tier
 from lmcache.core.tiers import Tiers
 
@@ -45,8 +48,8 @@ class Engine:
         )
         self.workshop.later(self.client.close)
 
-    def chain(self, sequence):
-        return rig.chain(sequence, pages_per_chunk=self.client.geometry.pages_per_chunk)
+    def chain(self, sequence, **said):
+        return rig.chain(sequence, pages_per_chunk=self.client.geometry.pages_per_chunk, **said)
 
     def compute(self, sequence, table):
         for rank in self.ranks:
@@ -112,6 +115,12 @@ def join(workshop):
     return join
 
 
+def known(house):
+    """The sequences that the server knows, by number."""
+    sessions = house.server.ask(lambda service: list(service.sessions.values()))
+    return {number: chain for s in sessions for number, chain in s.sequences.items()}
+
+
 class TestSharing:
     def test_what_one_engine_computes_another_loads(self, house, join):
         first, second = join(house), join(house)
@@ -155,15 +164,78 @@ class TestSharing:
     )
     def test_a_sequence_nobody_holds_any_more_is_forgotten(self, house, join, later):
         engine = join(house)
-        chain = engine.chain(rig.tokens(CHUNK))
+        chain = engine.chain(rig.tokens(CHUNK - 1))
         engine.lookup(chain)
-        known = lambda: house.server.ask(  # noqa: E731
-            lambda service: [len(s.sequences) for s in service.sessions.values()]
-        )
-        assert known() == [1]
+        assert len(known(house)) == 1
         del chain
         later(engine.client)
-        rig.wait_until(lambda: known() == [0])
+        rig.wait_until(lambda: not known(house))
+
+    def test_the_last_of_each_beginning_is_kept_for_those_that_begin_alike(
+        self, house, join, monkeypatch
+    ):
+        monkeypatch.setattr(memo_module, "SEQUENCES", 1)
+        engine = join(house)
+        for seed, length in [(1, 3 * CHUNK), (1, 4 * CHUNK), (2, CHUNK), (3, 5)]:
+            engine.lookup(engine.chain(rig.tokens(length, seed)))
+            engine.client.release("r", None)
+            rig.wait_until(lambda: len(known(house)) == 1)
+        assert [len(chain.tokens) for chain in known(house).values()] == [CHUNK]
+
+    def test_of_a_prompt_that_begins_like_another_the_rest_is_sent(self, house, join, monkeypatch):
+        engine = join(house)
+        sent = []
+        send = engine.client._link._send
+        monkeypatch.setattr(
+            engine.client._link,
+            "_send",
+            lambda number, body: sent.append(body) or send(number, body),
+        )
+        sequence = rig.tokens(6 * CHUNK)
+        turns = [sequence[:n] for n in (4 * CHUNK, 4 * CHUNK, 5 * CHUNK + 3)]
+        turns.append(sequence[: 2 * CHUNK + 1] + rig.tokens(3 * CHUNK, 5))
+        for turn in turns:
+            engine.lookup(engine.chain(turn))
+        more = [body.more for body in sent if isinstance(body, wire.Lookup)]
+        assert [len(said.tokens) // 4 for said in more] == [4 * CHUNK, 0, CHUNK + 3, 3 * CHUNK]
+        assert [said.like for said in more] == [
+            None,
+            wire.Like(1, 4 * CHUNK),
+            wire.Like(2, 4 * CHUNK),
+            wire.Like(3, 2 * CHUNK + 1),
+        ]
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_the_server_knows_what_it_was_told_whatever_came_before(
+        self, house, join, monkeypatch, seed
+    ):
+        """Prompts that share stretches, grow, end, and differ in salts and inserts."""
+        monkeypatch.setattr(memo_module, "SEQUENCES", 3)
+        rng = random.Random(seed)
+        engine, live = join(house), []
+        for turn in range(100):
+            if len(live) > 4:
+                live.pop(rng.randrange(5))
+                engine.client.release("r", None)
+            sequence = rig.tokens(rng.randrange(3 * CHUNK), rng.randrange(2))
+            sequence += rig.tokens(rng.randrange(3 * CHUNK), rng.randrange(2))
+            inserts = [Insert("x", rng.randrange(40), 9)] if rng.random() < 0.2 else []
+            salt = rng.choice(["", "", "", "other"])
+            live.append(engine.chain(sequence, salt=salt, inserts=inserts))
+            for chain in (rng.choice(live), live[-1]):
+                chain.tokens.extend(rig.tokens(rng.choice([0, 0, 5, CHUNK]), turn))
+                stop = rng.randrange(len(chain.tokens) + 1)
+                engine.client.reserve(chain, 0, stop, tail=False)
+            sequences = known(house)
+            for chain in live:
+                told = engine.client._told._of[chain]
+                theirs = sequences[told.number]
+                assert list(theirs.tokens) == chain.tokens[: len(told.tokens)]
+                expected = engine.chain(chain.tokens, salt=salt, inserts=chain.inserts)
+                expected._keys = [chain.root]
+                keys = [chain.root, *expected.full(len(theirs.tokens))]
+                assert theirs._keys == keys[: len(theirs._keys)]
+        assert engine.client.is_whole()
 
     @pytest.mark.parametrize(
         "kind", [list, tuple, partial(array, "I")], ids=["list", "tuple", "array"]
@@ -417,38 +489,100 @@ class TestTerms:
         rig.wait_until(lambda: house.server.ask(lambda service: len(service._words)) == 1024)
 
 
+class TestLike:
+    """What an engine says of sequences that begin like others, put together by hand."""
+
+    @pytest.fixture
+    def tell(self, house, join):
+        link = join(house).client._link
+
+        def tell(number, tokens, stop=None, *, at=0, salt="", inserts=(), like=None):
+            known = at + (like.tokens if like else 0)
+            more = wire.More(
+                root=rig.chain([], salt=salt).root,
+                shown=[wire.Shown(i.identifier, i.offset, i.length) for i in inserts],
+                at=at,
+                like=like,
+                tokens=array("I", tokens).tobytes(),
+            )
+            stop = known + len(tokens) if stop is None else stop
+            call = wire.Reserve(sequence=number, more=more, start=0, stop=stop, tail=False)
+            answer = link.call(call, DEADLINE_S)
+            return [s.key for s in answer.slots] if isinstance(answer, wire.Reserved) else answer
+
+        return tell
+
+    @pytest.mark.parametrize(
+        "said", [{"salt": "other"}, {"inserts": [Insert("x", 3, 2)]}], ids=["root", "inserts"]
+    )
+    def test_tokens_are_taken_over_and_keys_only_if_all_is_alike(self, tell, said):
+        sequence = rig.tokens(4 * CHUNK)
+        assert tell(1, sequence[: 2 * CHUNK]) == list(rig.chain(sequence).full(2 * CHUNK))
+        keys = tell(2, sequence[2 * CHUNK :], like=wire.Like(1, 2 * CHUNK), **said)
+        assert keys == list(rig.chain(sequence, **said).full(4 * CHUNK))
+
+    def test_a_sequence_may_begin_like_the_one_it_takes_the_place_of(self, tell):
+        sequence = rig.tokens(3 * CHUNK)
+        tell(1, sequence)
+        other = sequence[:CHUNK] + rig.tokens(CHUNK, 2)
+        [key] = tell(1, other[CHUNK:], like=wire.Like(1, CHUNK))
+        assert key == rig.chain(other).key(1)
+
+    @pytest.mark.parametrize(
+        ("said", "what"),
+        [
+            ({"like": wire.Like(2, CHUNK)}, "the sequence that another is like"),
+            ({"like": wire.Like(1, 2 * CHUNK + 1)}, "the sequence that another is like"),
+            ({"like": wire.Like(1, CHUNK), "at": 2 * CHUNK}, "the beginning of a sequence"),
+        ],
+        ids=["unknown", "longer than it is", "of one that goes on"],
+    )
+    def test_what_cannot_be_is_not_taken(self, tell, said, what):
+        tell(1, rig.tokens(2 * CHUNK))
+        assert tell(1, rig.tokens(CHUNK), CHUNK, **said) == wire.Unknown(what)
+
+    def test_tokens_that_are_taken_over_count(self, tell, monkeypatch):
+        monkeypatch.setattr(sessions, "MAX_KNOWN_TOKENS", 5 * CHUNK)
+        for number in (1, 1, 2, 2):  # what was told before in their place counts no more
+            tell(number, rig.tokens(2 * CHUNK))
+        assert isinstance(tell(3, [], like=wire.Like(1, CHUNK)), list)
+        answer = tell(4, [], like=wire.Like(1, CHUNK))
+        assert answer == wire.Unknown(f"more than {5 * CHUNK} tokens in all")
+
+
 class TestMemo:
     """Keys that are taken over must be those that would have been computed."""
 
     @pytest.mark.parametrize("common", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 5 * CHUNK])
     @pytest.mark.parametrize("length", [CHUNK - 1, CHUNK, 3 * CHUNK + 5, 5 * CHUNK])
     def test_a_sequence_that_begins_like_another(self, common, length):
-        memo = ChainMemo()
+        memo = Memo(10**6)
         first, second = rig.tokens(5 * CHUNK, 1), rig.tokens(5 * CHUNK, 1)[:common]
         second = (second + rig.tokens(5 * CHUNK, 2))[:length]
         for sequence in (first, second, second, first):
             chain = rig.chain(array("I", sequence))
-            memo.complete(chain)
+            take_keys(memo, chain)
             assert list(chain.full(len(sequence))) == list(rig.chain(sequence).full(len(sequence)))
 
     def test_another_root_shares_nothing(self):
-        memo = ChainMemo()
+        memo = Memo(10**6)
         sequence = array("I", rig.tokens(3 * CHUNK))
         for salt in ("", "other"):
             chain = rig.chain(sequence, salt=salt)
-            memo.complete(chain)
+            take_keys(memo, chain)
             expected = rig.chain(list(sequence), salt=salt)
             assert list(chain.full(3 * CHUNK)) == list(expected.full(3 * CHUNK))
 
     def test_it_is_bounded(self, monkeypatch):
         monkeypatch.setattr(memo_module, "SEQUENCES", 4)
-        memo = ChainMemo()
-        for seed in range(10):
-            memo.complete(rig.chain(array("I", rig.tokens(2 * CHUNK, seed))))
-        assert len(memo._chains) == 4
-        monkeypatch.setattr(memo_module, "TOKENS", 3 * CHUNK)
-        memo.complete(rig.chain(array("I", rig.tokens(2 * CHUNK, 11))))
-        assert len(memo._chains) == 1
+        memo = Memo(10**6)
+        for seed in range(20):
+            take_keys(memo, rig.chain(array("I", rig.tokens(2 * CHUNK, seed // 2))))
+        assert len(memo._items) == 4
+        assert memo._tokens == 4 * 2 * CHUNK
+        memo._most_tokens = 3 * CHUNK
+        take_keys(memo, rig.chain(array("I", rig.tokens(2 * CHUNK, 11))))
+        assert len(memo._items) == 1
         assert memo._tokens == 2 * CHUNK
 
 

@@ -34,7 +34,7 @@ from lmcache.core.slab import MAX_MOVERS
 ROOT = Path(__file__).resolve().parents[2]
 REQUESTS = wire.Request.__args__
 REPLIES = wire.Reply.__args__
-PARTS = (wire.More, wire.Shown, wire.Deployment)
+PARTS = (wire.More, wire.Like, wire.Shown, wire.Deployment)
 UNBOUNDED = {("Attach", "protocol")}
 """Whatever an engine speaks, it must be able to say so."""
 
@@ -512,6 +512,8 @@ class Crowd:
             air = [slot for flight in session.attachment.flights._air for slot in flight.stores]
             for slot in [*session.reserved.values(), *air]:
                 held[slot.generation] = (slot.offset, slot.offset + slot.size)
+            told = [len(chain.tokens) for chain in session.sequences.values()]
+            assert session.tokens == sum(told)
             for chain in session.sequences.values():
                 last = len(chain.tokens) // chain.chunk_tokens - 1
                 assert chain.key(last) == fresh(chain).key(last)
@@ -550,9 +552,12 @@ def about_tokens(draw):
     """A sequence that is begun, mostly, or goes on, and how much of it is meant."""
     length = draw(LENGTHS)
     at = draw(st.sampled_from([0] * 30 + [CHUNK, 2 * CHUNK]))
-    told = tokens_of(draw(st.integers(0, 2)), at, max(at, length))
+    like = draw(st.sampled_from([None] * 6 + [wire.Like(n, CHUNK) for n in range(4)]))
+    known = max(at, like.tokens if like else 0)
+    told = tokens_of(draw(st.integers(0, 2)), known, max(known, length))
     shown = draw(st.sampled_from([NOTHING] * 6 + [SHOWN]).flatmap(lambda shown: shown))
-    more = wire.More(root=bytes(32), at=at, tokens=told, shown=shown)
+    root = draw(st.sampled_from([bytes(32)] * 6 + [b"r" * 32]))
+    more = wire.More(root=root, at=at, like=like, tokens=told, shown=shown)
     return {
         "sequence": draw(SMALL),
         "more": draw(st.sampled_from([more] * 30 + [None])),

@@ -121,7 +121,7 @@ class Scene:
         decider.clear()
         assert decider.free_bytes == decider.capacity_bytes
         decider._evicted.clear()
-        service._memo.__init__()
+        service._memo.__init__(service._memo._most_tokens)
         for number in SESSIONS:
             self._admit(number)
 
@@ -146,16 +146,18 @@ def join(frames):
     return b"".join(LENGTH.pack(len(frame)) + frame for frame in frames if len(frame) < 1 << 16)
 
 
-def more(seed, start, stop):
+def more(seed, start, stop, like=None):
     """Tokens of one of a few prompts."""
     tokens = array("I", range(1000 * seed + start, 1000 * seed + stop)).tobytes()
-    return wire.More(root=bytes(32), at=start, tokens=tokens)
+    return wire.More(root=bytes(32), at=0 if like else start, like=like, tokens=tokens)
 
 
 def one_of_each(rng):
     """Some frame that makes sense."""
     stop = rng.choice([CHUNK, 2 * CHUNK, 2 * CHUNK + 2, 3 * CHUNK])
-    about = {"sequence": rng.randrange(3), "more": more(rng.randrange(3), 0, stop), "stop": stop}
+    like = rng.choice([None, None, wire.Like(rng.randrange(3), CHUNK)])
+    said = more(rng.randrange(3), like.tokens if like else 0, stop, like)
+    about = {"sequence": rng.randrange(3), "more": said, "stop": stop}
     body = rng.choice(
         [
             wire.Attach(release="x", engine="e1", name="e1", movers=1),
