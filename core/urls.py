@@ -68,6 +68,22 @@ class Url:
         except ConfigError as error:
             raise ConfigError(f"option {option!r}: {error}") from None
 
+    def count(self, option: str) -> int | None:
+        """The whole number from 1 on that `option` says, or None if it is not given."""
+        text = self.options.get(option)
+        if text is None:
+            return None
+        if not text.isdecimal() or not int(text):
+            raise ConfigError(f"option {option!r}: {text!r} is not a whole number from 1 on")
+        return int(text)
+
+    def flag(self, option: str) -> bool:
+        """Whether `option` is true; it is false if it is not given."""
+        text = self.options.get(option, "false")
+        if text not in ("true", "false"):
+            raise ConfigError(f"option {option!r}: {text!r} is neither true nor false")
+        return text == "true"
+
 
 def parse_url(url: str, *, options: Collection[str] = ()) -> Url:
     """Parse `url`, which may carry each of `options` once and no other."""

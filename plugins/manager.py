@@ -47,6 +47,7 @@ BUILTINS = (
     "lmcache.plugins.builtins",
     "lmcache.backends.memory",
     "lmcache.backends.disk",
+    "lmcache.backends.redis",
     "lmcache.backends.zlib_codec",
     "lmcache.adapters.vllm",
     "lmcache.cli.commands",

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+# tests belong to no package, so there is no name to import their helpers by
+spec = importlib.util.spec_from_file_location(
+    "redis_server", Path(__file__).with_name("redis_server.py")
+)
+redis_server = sys.modules["redis_server"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(redis_server)
 
 PATIENCE_S = 5.0
 """How long a thread may take to end after the test that began it."""
@@ -52,3 +63,17 @@ def no_thread_stays() -> Iterator[None]:
         thread.join(max(0.0, deadline - time.monotonic()))
     left = sorted(thread.name for thread in new if thread.is_alive())
     assert not left, f"the test left threads running; something was not closed: {left}"
+
+
+@pytest.fixture
+def new_redis(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Starts a `RedisServer` with the given options of redis-server, each time it is called."""
+    servers: list[Any] = []
+
+    def new_redis(*options: str) -> Any:
+        servers.append(redis_server.RedisServer(tmp_path, *options))
+        return servers[-1]
+
+    yield new_redis
+    for server in servers:
+        server.kill()

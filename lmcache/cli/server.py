@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import lmcache
+from lmcache.cli.l2_adapter import url_of
 from lmcache.core.config import load_config
 from lmcache.core.environment import environment_text
 from lmcache.core.errors import ConfigError
@@ -62,7 +61,7 @@ def server(
         "lmcache.max_local_cpu_size": l1_size_gb,
         "lmcache.cache_policy": eviction_policy,
         "lmcache.chunk_size": chunk_size,
-        "lmcache.l2": [*(l2 or ()), *map(_url_of, l2_adapter or ())] or None,
+        "lmcache.l2": [*(l2 or ()), *map(url_of, l2_adapter or ())] or None,
     }
     loaded = load_config({key: value for key, value in chosen.items() if value is not None})
     modes = _modes(supported_transfer_mode, TRANSFER_MODES)
@@ -90,25 +89,3 @@ def _modes(wanted: str, known: tuple[str, ...]) -> tuple[str, ...]:
             f"--supported-transfer-mode is {wanted!r}, expected auto or {' or '.join(known)}"
         )
     return (wanted,)
-
-
-def _url_of(text: str) -> str:
-    """The URL of a tier given as LMCache/LMCache's JSON. Raises `ConfigError` for other types."""
-    try:
-        about: dict[str, Any] = json.loads(text)
-        kind = about.pop("type")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"--l2-adapter {text!r} is no JSON object with a type") from None
-    if kind not in ("fs", "fs_native"):
-        raise ConfigError(
-            f"--l2-adapter of type {kind!r} is not known; known: fs, fs_native. "
-            "For other backends use --l2 with a URL; `lmcache plugins` lists them"
-        )
-    try:
-        path, size = about.pop("base_path"), about.pop("max_capacity_gb")
-    except KeyError as missing:
-        raise ConfigError(f"--l2-adapter of type {kind!r} needs {missing}") from None
-    ignored = {"num_workers", "use_odirect", "read_ahead_size", "relative_tmp_dir"}
-    if unknown := about.keys() - ignored:
-        raise ConfigError(f"--l2-adapter of type {kind!r} has unknown keys {sorted(unknown)}")
-    return f"file://{Path(path).absolute()}?max_size={size}GB"

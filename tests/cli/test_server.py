@@ -18,8 +18,8 @@ import pytest
 import typer
 
 from lmcache.cli import bench, bench_pages
+from lmcache.cli.l2_adapter import url_of
 from lmcache.cli.output import Format
-from lmcache.cli.server import _url_of
 from lmcache.core.errors import ConfigError, ServiceError
 from lmcache.core.service import wire
 from lmcache.core.service.link import Link
@@ -315,7 +315,19 @@ class TestMistakes:
 class TestTiersAsUpstreamWritesThem:
     def test_a_folder(self):
         about = {"type": "fs", "base_path": "/var/kv", "max_capacity_gb": 12, "num_workers": 4}
-        assert _url_of(json.dumps(about)) == "file:///var/kv?max_size=12GB"
+        assert url_of(json.dumps(about)) == "file:///var/kv?max_size=12GB"
+
+    @pytest.mark.parametrize(
+        ("said", "url"),
+        [
+            ({}, "redis://h:6379"),
+            ({"password": "p@:/?"}, "redis://:p%40%3A%2F%3F@h:6379"),
+            ({"username": "u", "password": "p", "num_workers": 8}, "redis://u:p@h:6379"),
+            ({"max_capacity_gb": 5}, "redis://h:6379"),
+        ],
+    )
+    def test_redis(self, said, url):
+        assert url_of(json.dumps({"type": "resp", "host": "h", "port": 6379, **said})) == url
 
     @pytest.mark.parametrize(
         ("text", "why"),
@@ -323,6 +335,8 @@ class TestTiersAsUpstreamWritesThem:
             ("fs", "no JSON object"),
             ("[]", "no JSON object"),
             ('{"base_path": "/x"}', "with a type"),
+            ('{"type": "resp", "host": "x"}', "needs 'port'"),
+            ('{"type": "resp", "host": "x", "port": 1, "base_path": "/"}', "base_path"),
             ('{"type": "nixl"}', "'nixl' is not known"),
             ('{"type": "fs", "base_path": "/x"}', "needs 'max_capacity_gb'"),
             ('{"type": "fs", "base_path": "/x", "max_capacity_gb": 1, "colour": 1}', "colour"),
@@ -330,4 +344,4 @@ class TestTiersAsUpstreamWritesThem:
     )
     def test_mistakes_are_named(self, text, why):
         with pytest.raises(ConfigError, match=re.escape(why)):
-            _url_of(text)
+            url_of(text)

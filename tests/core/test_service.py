@@ -12,8 +12,11 @@ import pytest
 import rig
 import zmq
 from house import House
+from redis_server import needs_server
 
+from lmcache.backends.disk import DiskBackend
 from lmcache.backends.memory import MemoryBackend
+from lmcache.backends.redis import RedisBackend
 from lmcache.core.engine import moves_for
 from lmcache.core.errors import ConfigError, ServiceError
 from lmcache.core.keys import Insert
@@ -307,6 +310,31 @@ class TestSharing:
             thread.join()
         assert wrong == []
         rig.wait_until(house.idle)
+
+
+class TestTwoServers:
+    """Each with memory of its own, and one store behind both."""
+
+    @pytest.fixture(params=["file", pytest.param("redis", marks=needs_server)])
+    def store(self, request, tmp_path, new_redis):
+        if request.param == "file":
+            return lambda: DiskBackend.from_url(f"file://{tmp_path}/store")
+        url = new_redis().url
+        return lambda: RedisBackend.from_url(url)
+
+    def test_what_one_was_given_the_other_finds(self, start, join, store):
+        houses = [start(store()) for _ in range(2)]
+        first, second = map(join, houses)
+        sequence = rig.tokens(2 * CHUNK + 6)
+        first.compute(sequence, range(10))
+        first.store(sequence, range(10))
+        rig.wait_until(houses[0].idle)
+        houses[0].server.service.tiers.flush()
+        hit, failed = second.load(sequence, range(10, 20))
+        assert (hit.tokens, failed) == (2 * CHUNK + 4, [])
+        assert hit.receipt.by_tier == {"l1": 0, "t0": 2 * CHUNK + 4}
+        assert second.wrong(sequence, range(10, 20), hit.tokens) == []
+        assert second.lookup(second.chain(sequence, salt="other"), "o").tokens == 0
 
 
 class TestLeases:

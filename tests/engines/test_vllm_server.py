@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from harness import free_port, story
+from redis_server import needs_server
 
 pytestmark = pytest.mark.engine
 
@@ -58,8 +60,17 @@ class Server:
             return None
 
     def get(self, path):
+        return json.loads(self._page(path))
+
+    def _page(self, path):
         with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/{path}", timeout=5) as page:
-            return json.loads(page.read())
+            return page.read()
+
+    def sum(self, counter):
+        """A counter's value over all its labels."""
+        pattern = rf"^lmcache_{counter}_total\{{[^}}]*\}} (\S+)$"
+        found = re.findall(pattern, self._page("metrics").decode(), re.MULTILINE)
+        return sum(map(float, found))
 
     def log(self):
         return self._log.read_text()
@@ -326,18 +337,45 @@ def test_several_cache_groups(start_engine, start_server, hybrid, hybrid_truth, 
         server.wait_idle()
 
 
+class Folder:
+    """A file tier, which nothing needs to run for."""
+
+    def __init__(self, path):
+        self.url = f"file://{path}/tier?max_size=1GB"
+
+    def kill(self):
+        pass
+
+    def start(self):
+        pass
+
+
+@pytest.fixture(params=["file", pytest.param("redis", marks=needs_server)])
+def store(request, tmp_path, new_redis):
+    """What a tier is kept in, which may be killed and started again."""
+    if request.param == "file":
+        return Folder(tmp_path)
+    return new_redis("--appendonly", "yes", "--appendfsync", "always")
+
+
+@pytest.mark.parametrize("ends", ["stop", "kill"])
 def test_a_server_that_starts_again_has_what_its_tier_kept(
-    start_engine, start_server, truth, tmp_path
+    start_engine, start_server, truth, store, ends
 ):
-    tier = f"file://{tmp_path}/tier?max_size=1GB"
-    server = start_server("--l1-size-gb", "0.5", "--l2", tier)
+    server = start_server("--l1-size-gb", "0.5", "--l2", store.url)
     with start_engine(
         kv_transfer_config=server.transfer(), one_process=True, dtype="float32"
     ) as engine:
         server.wait(lambda status: status["engines"], ATTACHED_S)
         cold = ask(engine, story(10, 600))
         assert cold.num_cached_tokens == 0
-        assert server.stop() == 0
+        if ends == "stop":
+            assert server.stop() == 0
+        else:
+            server.wait(lambda status: server.sum("tier_written") >= status["l1"]["chunks"] > 0)
+            server.kill()
+        store.kill()
+        store.start()
         server.start()
         server.wait(lambda status: status["engines"], ATTACHED_S)
         warm = ask(engine, story(10, 600))

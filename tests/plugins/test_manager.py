@@ -83,8 +83,8 @@ def test_codecs_and_backends_are_created_by_name() -> None:
 
 def test_what_is_unknown_lists_what_is_known() -> None:
     plugins = manager(builtins=BUILTINS)
-    with pytest.raises(ConfigError, match="no storage backend 'redis'; known: file, memory"):
-        plugins.open_backend("redis://user:hunter2@x")
+    with pytest.raises(ConfigError, match="no storage backend 'shelf'; known: file, memory, redis"):
+        plugins.open_backend("shelf://user:hunter2@x")
     with pytest.raises(ConfigError, match="no eviction policy 'FIFO'; known: ARC, LRU, S3FIFO"):
         plugins.create_policy("FIFO", 1)
     with pytest.raises(ConfigError, match="no codec 'zstd'; known: zlib"):
