@@ -1,8 +1,7 @@
-"""`lmcache bench`: measures what a server does, and checks every byte of it."""
+"""`lmcache bench`: measures what a server or a backend does, and checks every byte of it."""
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 import statistics
@@ -10,11 +9,12 @@ import time
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
+from lmcache.cli.bench_backend import backend
 from lmcache.cli.http import Remote, Target
 from lmcache.cli.output import Format, FormatOption
+from lmcache.cli.timing import Plain, spread
 from lmcache.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ WIDTH = 64
 @app.callback()
 def _group() -> None:
     """Measure."""
+
+
+app.command()(backend)
 
 
 @app.command()
@@ -155,7 +158,7 @@ def summarise(requests: list[dict[str, Any]], size: int, capacity: int) -> dict[
         "pass_rate": 100.0 * passed / len(requests) if requests else 0.0,
     }
     for name in OPERATIONS:
-        result[f"{name}_ms"] = _spread([request[name] * 1e3 for request in requests])
+        result[f"{name}_ms"] = spread([request[name] * 1e3 for request in requests])
     result["bytes_per_request"] = size
     for name, operation in (("store", "cold_store"), ("retrieve", "warm_retrieve")):
         times = [request[operation] for request in requests]
@@ -172,33 +175,6 @@ def summarise(requests: list[dict[str, Any]], size: int, capacity: int) -> dict[
 def _rate(size: int, times: list[float]) -> float:
     """GB/s by the median; 0 if nothing was measured."""
     return size / statistics.median(times) / 1e9 if times else 0.0
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    if not values:
-        return {"count": 0}
-    ordered = sorted(values)
-    return {
-        "count": len(ordered),
-        "mean": statistics.fmean(ordered),
-        "min": ordered[0],
-        "max": ordered[-1],
-        "p50": ordered[(len(ordered) - 1) // 2],
-        "p99": ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))],
-    }
-
-
-class Plain:
-    """One thread that copies as many bytes as a request has, between memory in use."""
-
-    def __init__(self, size: int) -> None:
-        self._source, self._target = np.ones(size, np.uint8), np.ones(size, np.uint8)
-
-    def copy(self) -> float:
-        """Seconds for one copy, made beside the copies it is compared with: speed drifts."""
-        begun = time.perf_counter()
-        ctypes.memmove(self._target.ctypes.data, self._source.ctypes.data, self._source.nbytes)
-        return time.perf_counter() - begun
 
 
 def _terminal(result: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ def _load(module: str, attribute: str) -> typer.Typer | Callable[..., object]:
 def lmcache_commands() -> Iterable[CommandSpec]:
     for name, attribute, summary in (
         ("backends", "app", "Check a storage backend."),
-        ("bench", "app", "Measure a server, and check every byte of it."),
+        ("bench", "app", "Measure a server or a backend, and check every byte of it."),
         ("config", "app", "Show the effective configuration, and what may be configured."),
         ("describe", "describe", "Show what a server holds, or what an engine runs."),
         ("kvcache", "app", "Look into the memory of a server, or clear it."),
