@@ -7,6 +7,7 @@ to them even when the server can no longer be told.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from itertools import count
@@ -187,11 +188,19 @@ class ServiceClient(CacheClient):
     # ----
 
     def _ask(self, owner: str, chain: KeyChain, stop: int) -> _Lookup:
-        sequence, more = self._told_of(chain, stop)
-        number = self._link.begin(wire.Lookup(owner=owner, sequence=sequence, more=more, stop=stop))
-        self._owners.add(owner)
+        number = self._begin_lookup(owner, chain, stop, guess=True)
+        os.sched_yield()  # or the thread that sends it may have to wait for what we do next
+        if not self._told.confirm(chain):
+            self._link.end(number)  # the lease that it brings is given back
+            self._tell(wire.Release(owner))  # and slower tiers are asked for something else
+            number = self._begin_lookup(owner, chain, stop, guess=False)
         asked = self._lookups[owner] = _Lookup(number, time.monotonic() + self._deadline_s)
         return asked
+
+    def _begin_lookup(self, owner: str, chain: KeyChain, stop: int, *, guess: bool) -> int:
+        sequence, more = self._told_of(chain, stop, guess=guess)
+        self._owners.add(owner)
+        return self._link.begin(wire.Lookup(owner=owner, sequence=sequence, more=more, stop=stop))
 
     def _end_lookup(self, owner: str) -> None:
         asked = self._lookups.pop(owner, None)
@@ -205,11 +214,13 @@ class ServiceClient(CacheClient):
             lease = Lease(owner, [], deadline, number=found.lease)
         return Hit(found.slots, lease, wire.receipt_of(found))
 
-    def _told_of(self, chain: KeyChain, stop: int) -> tuple[int, wire.More | None]:
+    def _told_of(
+        self, chain: KeyChain, stop: int, *, guess: bool = False
+    ) -> tuple[int, wire.More | None]:
         """Like `Told.tell`. Raises `ServiceError` if nothing can be told."""
         if not self._link.is_up():
             raise ServiceError("the server does not answer")
-        return self._told.tell(chain, stop)
+        return self._told.tell(chain, stop, guess=guess)
 
     def _forget(self) -> None:
         if ended := self._told.ended():

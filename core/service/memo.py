@@ -44,6 +44,10 @@ class Memo(Generic[Item]):
         self._items: OrderedDict[Beginning, tuple[Item, int]] = OrderedDict()
         self._tokens = 0
 
+    def get(self, start: Beginning) -> Item | None:
+        """The item of that beginning."""
+        return self._items.get(start, (None, 0))[0]
+
     def swap(self, start: Beginning, item: Item, tokens: int) -> Item | None:
         """Keep `item`, of so many tokens, and return the one it takes the place of."""
         old, size = self._items.pop(start, (None, 0))

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 MEMO_TOKENS = 2 << 20
 """8 MiB in the engine."""
+SAMPLES = 64
 
 
 class _Told:
     """A sequence that the server knows, for as long as a request or the memo refers to it."""
 
-    def __init__(self, number: int, tokens: array[int]) -> None:
+    def __init__(self, number: int, tokens: array[int], *, guessed: bool = False) -> None:
         self.number = number
         self.tokens = tokens
+        self.guessed = guessed
 
 
 class Told:
@@ -39,14 +41,18 @@ class Told:
         self._memo: Memo[_Told] = Memo(MEMO_TOKENS)
         self._ended: deque[int] = deque()
 
-    def tell(self, chain: KeyChain, stop: int) -> tuple[int, wire.More | None]:
+    def tell(
+        self, chain: KeyChain, stop: int, *, guess: bool = False
+    ) -> tuple[int, wire.More | None]:
         """The number of a sequence and what the server lacks of its first `stop` tokens.
 
-        To be sent in the order of the calls: it counts as told from now on.
+        To be sent in the order of the calls: it counts as told from now on. With `guess`, what it
+        begins with may be guessed, until `confirm`: the server can begin while we compare.
         """
         told = self._of.get(chain)
-        if told is None:
-            return self._begin(chain, stop)
+        if told is None or told.guessed:
+            like = self._likely(chain, stop) if guess else None
+            return self._guess(chain, stop, like) if like else self._begin(chain, stop)
         at = len(told.tokens)
         if at >= stop:
             return told.number, None
@@ -54,20 +60,57 @@ class Told:
         told.tokens.extend(tokens)
         return told.number, _more(chain, tokens, at=at)
 
+    def confirm(self, chain: KeyChain) -> bool:
+        """Whether what was told is so; if not, none of it counts as told."""
+        told = self._of[chain]
+        if not told.guessed:
+            return True
+        if _packed(chain.tokens, 0, len(told.tokens)) != told.tokens:
+            del self._of[chain]
+            return False
+        told.guessed = False
+        self._remember(chain, told)
+        return True
+
     def ended(self) -> list[int]:
         """The numbers of those that nobody will ask about again; each is given out once."""
         return [self._ended.popleft() for _ in range(len(self._ended))]
 
+    # ----
+
     def _begin(self, chain: KeyChain, stop: int) -> tuple[int, wire.More]:
-        tokens = _packed(chain.tokens, 0, stop)
-        told = self._of[chain] = _Told(next(self._numbers), tokens)
-        weakref.finalize(told, self._ended.append, told.number).atexit = False
-        start = beginning(chain, tokens)
-        like = self._memo.swap(start, told, len(tokens)) if start else None
+        told = self._new(chain, _packed(chain.tokens, 0, stop))
+        like = self._remember(chain, told)
         if like is None:
-            return told.number, _more(chain, tokens)
-        known = common(tokens, like.tokens)
-        return told.number, _more(chain, tokens[known:], like=wire.Like(like.number, known))
+            return told.number, _more(chain, told.tokens)
+        known = common(told.tokens, like.tokens)
+        return told.number, _more(chain, told.tokens[known:], like=wire.Like(like.number, known))
+
+    def _guess(self, chain: KeyChain, stop: int, like: _Told) -> tuple[int, wire.More]:
+        known = len(like.tokens)
+        rest = _packed(chain.tokens, known, stop)
+        told = self._new(chain, like.tokens + rest, guessed=True)
+        return told.number, _more(chain, rest, like=wire.Like(like.number, known))
+
+    def _likely(self, chain: KeyChain, stop: int) -> _Told | None:
+        """What the sequence seems to begin with, by some of its tokens."""
+        start = beginning(chain, _packed(chain.tokens, 0, min(stop, chain.chunk_tokens)))
+        like = self._memo.get(start) if start else None
+        if like is None or len(like.tokens) > stop:
+            return None
+        theirs, ours = like.tokens, chain.tokens
+        places = range(len(theirs) - 1, 0, -(len(theirs) // SAMPLES + 1))
+        return like if all(theirs[place] == ours[place] for place in places) else None
+
+    def _new(self, chain: KeyChain, tokens: array[int], *, guessed: bool = False) -> _Told:
+        told = self._of[chain] = _Told(next(self._numbers), tokens, guessed=guessed)
+        weakref.finalize(told, self._ended.append, told.number).atexit = False
+        return told
+
+    def _remember(self, chain: KeyChain, told: _Told) -> _Told | None:
+        """Keep it for those that begin alike; returns the one that was kept until now."""
+        start = beginning(chain, told.tokens)
+        return self._memo.swap(start, told, len(told.tokens)) if start else None
 
 
 def _more(
@@ -88,8 +131,7 @@ def _more(
 def _packed(tokens: Sequence[int], start: int, stop: int) -> array[int]:
     packed = array("I")
     if isinstance(tokens, list):  # half the time of `extend`, and a slice would cost as much again
-        packed.fromlist(tokens[start:] if start else tokens)
-        del packed[stop - start :]
+        packed.fromlist(tokens if stop - start >= len(tokens) else tokens[start:stop])
     else:
         packed.extend(tokens[start:stop])
     return packed

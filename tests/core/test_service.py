@@ -23,7 +23,7 @@ from lmcache.core.keys import Insert
 from lmcache.core.receipts import Reason
 from lmcache.core.service import memo as memo_module
 from lmcache.core.service import session as sessions
-from lmcache.core.service import wire
+from lmcache.core.service import told, wire
 from lmcache.core.service.client import ATTACH_S, ServiceClient
 from lmcache.core.service.memo import Memo, take_keys
 from lmcache.core.tier import Tier
@@ -124,6 +124,14 @@ def known(house):
     return {number: chain for s in sessions for number, chain in s.sequences.items()}
 
 
+def overheard(engine, monkeypatch):
+    """The messages that an engine sends from now on."""
+    sent, link = [], engine.client._link
+    send = link._send
+    monkeypatch.setattr(link, "_send", lambda number, body: sent.append(body) or send(number, body))
+    return sent
+
+
 class TestSharing:
     def test_what_one_engine_computes_another_loads(self, house, join):
         first, second = join(house), join(house)
@@ -187,13 +195,7 @@ class TestSharing:
 
     def test_of_a_prompt_that_begins_like_another_the_rest_is_sent(self, house, join, monkeypatch):
         engine = join(house)
-        sent = []
-        send = engine.client._link._send
-        monkeypatch.setattr(
-            engine.client._link,
-            "_send",
-            lambda number, body: sent.append(body) or send(number, body),
-        )
+        sent = overheard(engine, monkeypatch)
         sequence = rig.tokens(6 * CHUNK)
         turns = [sequence[:n] for n in (4 * CHUNK, 4 * CHUNK, 5 * CHUNK + 3)]
         turns.append(sequence[: 2 * CHUNK + 1] + rig.tokens(3 * CHUNK, 5))
@@ -208,12 +210,75 @@ class TestSharing:
             wire.Like(3, 2 * CHUNK + 1),
         ]
 
+    @pytest.mark.parametrize("stored", [True, False])
+    def test_a_wrong_guess_is_taken_back(self, house, join, monkeypatch, stored):
+        """It differs where nobody looks before the server is asked."""
+        monkeypatch.setattr(told, "SAMPLES", 1)
+        engine = join(house)
+        first = rig.tokens(4 * CHUNK)
+        other = [*first[: 2 * CHUNK], 7, *first[2 * CHUNK + 1 :]]
+        for sequence in (first, other) if stored else (first,):
+            engine.compute(sequence, range(16))
+            engine.store(sequence, range(16))
+        engine.client.release("r", engine.lookup(engine.chain(first)))
+        sent = overheard(engine, monkeypatch)
+        hit, failed = engine.load(other, range(16, 32))
+        assert (hit.tokens, failed) == ((4 if stored else 2) * CHUNK, [])
+        assert engine.wrong(other, range(16, 32), hit.tokens) == []
+        lookups = [body for body in sent if isinstance(body, wire.Lookup)]
+        assert [len(asked.more.tokens) // 4 for asked in lookups] == [0, 2 * CHUNK]
+        assert lookups[0].sequence != lookups[1].sequence
+        engine.client.release("r", None)
+        rig.wait_until(house.idle)
+        # nor is it what the next one is likened to
+        engine.lookup(engine.chain(other))
+        assert sent[-1].more.like == wire.Like(lookups[1].sequence, 4 * CHUNK)
+
+    def test_a_wrong_guess_does_not_keep_slower_tiers_from_being_asked(
+        self, start, join, monkeypatch
+    ):
+        monkeypatch.setattr(told, "SAMPLES", 1)
+        house = start(MemoryBackend(), slots=16)
+        engine = join(house)
+        first = rig.tokens(4 * CHUNK)
+        other = [*first[: 2 * CHUNK], 7, *first[2 * CHUNK + 1 :]]
+        for sequence in (first, other):
+            engine.compute(sequence, range(16))
+            engine.store(sequence, range(16))
+        engine.client.release("r", engine.lookup(engine.chain(first)))
+        rig.wait_until(house.idle)
+        house.server.service.tiers.flush()
+        house.server.ask(lambda service: service.decider.clear())
+        hit, failed = engine.load(other, range(16, 32))
+        assert (hit.tokens, failed) == (4 * CHUNK, [])
+        assert engine.wrong(other, range(16, 32), hit.tokens) == []
+        engine.client.release("r", None)
+        rig.wait_until(house.idle)
+
+    def test_a_guess_that_could_not_be_sent_is_no_promise(self, house, join, monkeypatch):
+        engine = join(house)
+        engine.lookup(engine.chain(rig.tokens(2 * CHUNK)))
+        chain = engine.chain(rig.tokens(2 * CHUNK))
+        begin = engine.client._link.begin
+
+        def fail(body):
+            raise ServiceError("on purpose")
+
+        monkeypatch.setattr(engine.client._link, "begin", fail)
+        assert engine.client.lookup("x", chain, 2 * CHUNK).receipt.reason is Reason.DEGRADED
+        monkeypatch.setattr(engine.client._link, "begin", begin)
+        sent = overheard(engine, monkeypatch)
+        engine.lookup(chain, "x")
+        assert sent[0].more.like.tokens == 2 * CHUNK
+        assert engine.client.is_whole()
+
     @pytest.mark.parametrize("seed", range(8))
     def test_the_server_knows_what_it_was_told_whatever_came_before(
         self, house, join, monkeypatch, seed
     ):
         """Prompts that share stretches, grow, end, and differ in salts and inserts."""
         monkeypatch.setattr(memo_module, "SEQUENCES", 3)
+        monkeypatch.setattr(told, "SAMPLES", 2)
         rng = random.Random(seed)
         engine, live = join(house), []
         for turn in range(100):
@@ -228,12 +293,16 @@ class TestSharing:
             for chain in (rng.choice(live), live[-1]):
                 chain.tokens.extend(rig.tokens(rng.choice([0, 0, 5, CHUNK]), turn))
                 stop = rng.randrange(len(chain.tokens) + 1)
-                engine.client.reserve(chain, 0, stop, tail=False)
+                if rng.random() < 0.5:
+                    engine.client.reserve(chain, 0, stop, tail=False)
+                else:
+                    engine.client.lookup("r", chain, stop)
+                    engine.client.release("r", None)
             sequences = known(house)
             for chain in live:
-                told = engine.client._told._of[chain]
-                theirs = sequences[told.number]
-                assert list(theirs.tokens) == chain.tokens[: len(told.tokens)]
+                ours = engine.client._told._of[chain]
+                theirs = sequences[ours.number]
+                assert list(theirs.tokens) == chain.tokens[: len(ours.tokens)]
                 expected = engine.chain(chain.tokens, salt=salt, inserts=chain.inserts)
                 expected._keys = [chain.root]
                 keys = [chain.root, *expected.full(len(theirs.tokens))]
