@@ -216,19 +216,26 @@ class Decider:
                 break
             # a key that cannot be computed must raise before any slot is taken
             wanted.append((chunk, pages, chain.part(chunk, pages)))
-        slots: list[Slot] = []
         with self.lock:
             self._expire()
-            for chunk, pages, key in wanted:
-                if key in self._reserved:
-                    continue
-                if (entry := self._index.find(key)) != ABSENT:
-                    self._used.append(entry)
-                    continue
-                slot = self.place(key, geometry, pages, chunk)
-                if slot is None:
-                    return slots, Reason.NO_ROOM
-                slots.append(slot)
+            slots, reason = self._reserve(wanted, geometry)
+            self._informed()
+        return slots, reason
+
+    def _reserve(
+        self, wanted: list[tuple[int, int, ChunkKey]], geometry: Geometry
+    ) -> tuple[list[Slot], Reason]:
+        slots: list[Slot] = []
+        for chunk, pages, key in wanted:
+            if key in self._reserved:
+                continue
+            if (entry := self._index.find(key)) != ABSENT:
+                self._used.append(entry)
+                continue
+            slot = self.place(key, geometry, pages, chunk)
+            if slot is None:
+                return slots, Reason.NO_ROOM
+            slots.append(slot)
         return slots, Reason.NONE
 
     def place(self, key: ChunkKey, geometry: Geometry, pages: int, chunk: int) -> Slot | None:

@@ -188,11 +188,16 @@ class ServiceClient(CacheClient):
     # ----
 
     def _ask(self, owner: str, chain: KeyChain, stop: int) -> _Lookup:
-        number = self._begin_lookup(owner, chain, stop, guess=True)
+        # a guess would be read from slower tiers, and what is right would have to wait for that
+        number = self._begin_lookup(owner, chain, stop, guess=not self.about.has_tiers)
         os.sched_yield()  # or the thread that sends it may have to wait for what we do next
-        if not self._told.confirm(chain):
-            self._link.end(number)  # the lease that it brings is given back
-            self._tell(wire.Release(owner))  # and slower tiers are asked for something else
+        is_so = False
+        try:
+            is_so = self._told.confirm(chain)
+        finally:
+            if not is_so:  # the lease that it brings is given back
+                self._link.end(number)
+        if not is_so:
             number = self._begin_lookup(owner, chain, stop, guess=False)
         asked = self._lookups[owner] = _Lookup(number, time.monotonic() + self._deadline_s)
         return asked

@@ -58,6 +58,7 @@ class Told:
             return told.number, None
         tokens = _packed(chain.tokens, at, stop)
         told.tokens.extend(tokens)
+        self._remember(chain, told)
         return told.number, _more(chain, tokens, at=at)
 
     def confirm(self, chain: KeyChain) -> bool:
@@ -96,7 +97,7 @@ class Told:
         """What the sequence seems to begin with, by some of its tokens."""
         start = beginning(chain, _packed(chain.tokens, 0, min(stop, chain.chunk_tokens)))
         like = self._memo.get(start) if start else None
-        if like is None or len(like.tokens) > stop:
+        if like is None or not len(like.tokens) <= stop <= len(chain.tokens):
             return None
         theirs, ours = like.tokens, chain.tokens
         places = range(len(theirs) - 1, 0, -(len(theirs) // SAMPLES + 1))
@@ -131,7 +132,7 @@ def _more(
 def _packed(tokens: Sequence[int], start: int, stop: int) -> array[int]:
     packed = array("I")
     if isinstance(tokens, list):  # half the time of `extend`, and a slice would cost as much again
-        packed.fromlist(tokens if stop - start >= len(tokens) else tokens[start:stop])
+        packed.fromlist(tokens if start == 0 and stop >= len(tokens) else tokens[start:stop])
     else:
         packed.extend(tokens[start:stop])
     return packed

@@ -178,6 +178,8 @@ class Attached(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     lease_s: Duration
     fetch_timeout_s: Duration
     capacity_bytes: Word
+    has_tiers: bool
+    """Whether slower tiers are asked for what memory lacks."""
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -234,26 +234,54 @@ class TestSharing:
         engine.lookup(engine.chain(other))
         assert sent[-1].more.like == wire.Like(lookups[1].sequence, 4 * CHUNK)
 
-    def test_a_wrong_guess_does_not_keep_slower_tiers_from_being_asked(
-        self, start, join, monkeypatch
-    ):
-        monkeypatch.setattr(told, "SAMPLES", 1)
+    def test_where_slower_tiers_would_be_asked_nobody_guesses(self, start, join, monkeypatch):
+        """The right chunks would have to wait for those that nobody wants."""
         house = start(MemoryBackend(), slots=16)
         engine = join(house)
-        first = rig.tokens(4 * CHUNK)
-        other = [*first[: 2 * CHUNK], 7, *first[2 * CHUNK + 1 :]]
-        for sequence in (first, other):
-            engine.compute(sequence, range(16))
-            engine.store(sequence, range(16))
-        engine.client.release("r", engine.lookup(engine.chain(first)))
+        sequence = rig.tokens(4 * CHUNK)
+        engine.client.release("r", engine.lookup(engine.chain(sequence)))
+        monkeypatch.setattr(engine.client._told, "_guess", None)
+        sent = overheard(engine, monkeypatch)
+        engine.lookup(engine.chain(sequence))
+        assert sent[0].more.like.tokens == 4 * CHUNK
+
+    @pytest.mark.parametrize("bad", [-1, 2**32, "x"])
+    def test_a_guess_about_what_is_no_token_is_taken_back(self, house, join, bad):
+        engine = join(house)
+        sequence = rig.tokens(4 * CHUNK)
+        engine.compute(sequence, range(16))
+        engine.store(sequence, range(16))
+        engine.client.release("r", engine.lookup(engine.chain(sequence)))
+        place = CHUNK + 2  # where nobody looks before
+        wrong = [*sequence[:place], bad, *sequence[place + 1 :]]
+        for _ in range(2):
+            with pytest.raises((OverflowError, TypeError)):
+                engine.client.lookup("r", engine.chain(wrong), len(wrong))
+        engine.client.release("r", engine.lookup(engine.chain(sequence)))
+        assert not engine.client._link._asked
         rig.wait_until(house.idle)
-        house.server.service.tiers.flush()
-        house.server.ask(lambda service: service.decider.clear())
-        hit, failed = engine.load(other, range(16, 32))
-        assert (hit.tokens, failed) == (4 * CHUNK, [])
-        assert engine.wrong(other, range(16, 32), hit.tokens) == []
-        engine.client.release("r", None)
-        rig.wait_until(house.idle)
+
+    def test_what_grows_is_counted_as_it_is(self, house, join, monkeypatch):
+        engine = join(house)
+        memo = engine.client._told._memo
+        memo._most_tokens = 5 * CHUNK
+        for seed in range(3):
+            chain = engine.chain(rig.tokens(4 * CHUNK, seed))
+            for stop in (CHUNK, 4 * CHUNK):
+                engine.client.reserve(chain, 0, stop, tail=False)
+        assert (memo._tokens, len(memo._items)) == (4 * CHUNK, 1)
+
+    @pytest.mark.parametrize("kind", [list, tuple])
+    def test_tokens_that_vanish_are_never_made_up(self, house, join, kind):
+        engine = join(house)
+        told_of, chain = engine.client._told, engine.chain(kind(rig.tokens(2 * CHUNK)))
+        told_of.tell(chain, 2 * CHUNK - 6)
+        chain.tokens = chain.tokens[: CHUNK + 2]
+        for guess in (True, False):
+            _, more = told_of.tell(chain, 3 * CHUNK, guess=guess)
+            assert more is None or len(more.tokens) == 0
+            _, more = told_of.tell(engine.chain(chain.tokens), 3 * CHUNK, guess=guess)
+            assert more.like.tokens + len(more.tokens) // 4 == CHUNK + 2
 
     def test_a_guess_that_could_not_be_sent_is_no_promise(self, house, join, monkeypatch):
         engine = join(house)
