@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from collections import defaultdict
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +29,7 @@ LARGEST = 512 << 20
 """What the servers take by default; a longer value would cost us the connection."""
 _AT_ONCE = 1024
 """Questions in one round trip."""
+CLOSED = "redis backend is closed"
 _PASSWORD = "LMCACHE_REDIS_PASSWORD"
 
 
@@ -62,9 +64,11 @@ class RedisBackend(StorageBackend):
             raise ConfigError(
                 "Redis and Valkey need the package redis: pip install 'lmcache[redis]'"
             ) from None
+        self._cluster = cluster
         self._connect = redis.RedisCluster if cluster else redis.Redis
         self._options = {
             **address,
+            "protocol": 2,  # which all of them speak
             "socket_timeout": timeout_s,
             "socket_connect_timeout": timeout_s,
             # once more for a connection that has died since it was last used, and no more than that
@@ -80,9 +84,12 @@ class RedisBackend(StorageBackend):
     def from_url(cls, url: str) -> Self:
         """Open `redis://user:password@host:port/db?prefix=...&ttl=3600&timeout=5&cluster=true`."""
         parsed = parse_url(url, options=("cluster", "prefix", "timeout", "ttl"))
+        address, cluster = _address(parsed), parsed.flag("cluster")
+        if cluster and address.pop("db", 0):
+            raise ConfigError("a cluster has no databases with numbers")
         return cls(
-            _address(parsed),
-            cluster=parsed.flag("cluster"),
+            address,
+            cluster=cluster,
             prefix=parsed.options.get("prefix", PREFIX),
             ttl_s=parsed.count("ttl"),
             timeout_s=parsed.count("timeout") or TIMEOUT_S,
@@ -93,9 +100,9 @@ class RedisBackend(StorageBackend):
 
         if data.nbytes > LARGEST:
             return False
+        value = data.cast("B") if data.nbytes else b""
         with self._connected() as client:
             try:
-                value = data.cast("B") if data.nbytes else b""
                 return bool(client.set(self._name(key), value, ex=self._ttl_s))
             except OutOfMemoryError:
                 return False
@@ -111,19 +118,20 @@ class RedisBackend(StorageBackend):
         return len(data)
 
     def contains(self, key: ChunkKey) -> bool:
-        return self.count_leading([key]) == 1
+        with self._connected() as client:
+            return bool(client.exists(self._name(key)))
 
     def count_leading(self, keys: Sequence[ChunkKey]) -> int:
+        exist = _exist_in_cluster if self._cluster else _exist
+        names = [self._name(key) for key in keys]
         found = 0
-        for start in range(0, len(keys), _AT_ONCE):
-            some = keys[start : start + _AT_ONCE]
-            with self._connected() as client, client.pipeline(transaction=False) as questions:
-                for key in some:
-                    questions.exists(self._name(key))
-                here = sum(1 for _ in takewhile(bool, questions.execute()))
-            found += here
-            if here < len(some):
-                break
+        with self._connected() as client:
+            for start in range(0, len(names), _AT_ONCE):
+                some = names[start : start + _AT_ONCE]
+                here = sum(1 for _ in takewhile(bool, exist(client, some)))
+                found += here
+                if here < len(some):
+                    break
         return found
 
     def remove(self, key: ChunkKey) -> bool:
@@ -134,7 +142,8 @@ class RedisBackend(StorageBackend):
         with self._lock:
             client, self._client, self._closed = self._client, None, True
         if client is not None:
-            client.close()
+            with suppress(RuntimeError):  # of a cluster, while others still use it
+                client.close()
 
     def _name(self, key: ChunkKey) -> bytes:
         return self._prefix + key.hex().encode()
@@ -142,24 +151,88 @@ class RedisBackend(StorageBackend):
     @contextmanager
     def _connected(self) -> Iterator[Any]:
         """The client, whose errors are ours."""
-        from redis.exceptions import RedisClusterException, RedisError
+        from redis.exceptions import RedisClusterException
 
         try:
-            with self._lock:
-                if self._closed:
-                    raise BackendClosed("redis backend is closed")
-                if self._client is None:  # only now: that of a cluster asks at once who is in it
-                    self._client = self._connect(**self._options)
-                client = self._client
-            yield client
-        except (RedisError, RedisClusterException, OSError) as error:
-            where = f"{self._options['host']}:{self._options['port']}"
-            raise BackendError(f"the server at {where} failed us: {error}") from error
+            yield self._open()
+        except BackendClosed:
+            raise
+        except Exception as error:  # also what its library makes of being closed under a call
+            if self._closed:
+                raise BackendClosed(CLOSED) from error
+            if isinstance(error, RedisClusterException):
+                self._leave()
+            what, host = ("cluster", "server")[not self._cluster], self._options["host"]
+            where = f"[{host}]" if ":" in host else host
+            port = self._options["port"]
+            raise BackendError(f"the {what} at {where}:{port} failed us: {error}") from error
+
+    def _open(self) -> Any:
+        """The client; that of a cluster asks at once who is in it, and may wait for an answer."""
+        with self._lock:
+            if self._closed:
+                raise BackendClosed(CLOSED)
+            if self._client is not None:
+                return self._client
+        return self._install(self._connect(**self._options))
+
+    def _install(self, made: Any) -> Any:
+        """Use `made`, unless somebody else was faster or has closed us."""
+        with self._lock:
+            if self._client is None and not self._closed:
+                self._client = made
+            client = self._client
+        if client is not made:
+            made.close()
+        if client is None:
+            raise BackendClosed(CLOSED)
+        return client
+
+    def _leave(self) -> None:
+        """No server of the cluster answers any more: the next call asks again where they are."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None:
+            with suppress(RuntimeError):
+                client.close()
+
+
+def _exist(client: Any, names: Sequence[bytes]) -> list[Any]:
+    with client.pipeline(transaction=False) as questions:
+        for name in names:
+            questions.exists(name)
+        answers: list[Any] = questions.execute()
+    return answers
+
+
+def _exist_in_cluster(client: Any, names: Sequence[bytes]) -> list[Any]:
+    """Asks each server once; redis-py's own pipeline asks one that hangs about every name."""
+    from redis.exceptions import ConnectionError as Gone
+    from redis.exceptions import ResponseError
+    from redis.exceptions import TimeoutError as Late
+
+    at: dict[Any, list[bytes]] = defaultdict(list)
+    for name in names:
+        at[client.get_node_from_key(name)].append(name)
+    found: dict[bytes, Any] = {}
+    for node, theirs in at.items():
+        with client.get_redis_connection(node).pipeline(transaction=False) as questions:
+            for name in theirs:
+                questions.exists(name)
+            try:
+                answers = questions.execute(raise_on_error=False)
+            except (Gone, Late):
+                client.exists(theirs[0])  # which has it look who is there instead
+                raise
+        for name, answer in zip(theirs, answers, strict=True):
+            has_moved = isinstance(answer, ResponseError)
+            found[name] = client.exists(name) if has_moved else answer
+    return [found[name] for name in names]
 
 
 def _address(url: Url) -> dict[str, Any]:
     database = url.path.strip("/")
-    if not url.host or not (database or "0").isdigit():
+    if not url.host or url.port == 0 or not (database or "0").isdecimal():
         raise ConfigError(f"write {url.scheme}://host:port/number-of-the-database")
     address: dict[str, Any] = {"host": url.host, "port": url.port or 6379}
     if database:

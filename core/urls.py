@@ -26,6 +26,7 @@ _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgtp", start=1):
     _UNITS[f"{_letter}b"] = 1000**_power
     _UNITS[f"{_letter}ib"] = 1024**_power
+_MOST = 999_999_999
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _OPTION = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -69,12 +70,12 @@ class Url:
             raise ConfigError(f"option {option!r}: {error}") from None
 
     def count(self, option: str) -> int | None:
-        """The whole number from 1 on that `option` says, or None if it is not given."""
+        """The whole number that `option` says, 1 to 999999999, or None if it is not given."""
         text = self.options.get(option)
         if text is None:
             return None
-        if not text.isdecimal() or not int(text):
-            raise ConfigError(f"option {option!r}: {text!r} is not a whole number from 1 on")
+        if not text.isdecimal() or not 1 <= int(text[:10]) <= _MOST:
+            raise ConfigError(f"option {option!r}: {text!r} is not a whole number, 1 to {_MOST}")
         return int(text)
 
     def flag(self, option: str) -> bool:

@@ -56,7 +56,9 @@ class RedisServer:
         deadline = time.monotonic() + 20
         while True:
             try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                ours = f"process_id:{self._process.pid}\r\n".encode()
+                answer = self.say("INFO", "server")
+                assert ours in answer or answer.startswith(b"-NOAUTH"), "the port is another's"
             except OSError:
                 assert self._process.poll() is None, log_file.read_text()
                 assert time.monotonic() < deadline, log_file.read_text()

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ import typer
 
 from lmcache.cli.output import Format, FormatOption, print_json, table
 from lmcache.cli.timing import Plain, spread
-from lmcache.core.errors import ConfigError
+from lmcache.core.errors import BackendError, ConfigError
 from lmcache.core.keys import ChunkKey
 from lmcache.core.redact import redact_value
 from lmcache.core.urls import parse_size, parse_url, take_options
@@ -73,7 +74,8 @@ def measure(store: StorageBackend, size: int, depth: int, count: int) -> dict[st
     finally:
         if store.capabilities.removal:
             for key in keys:
-                store.remove(key)
+                with suppress(BackendError):  # what failed before is what to be told of
+                    store.remove(key)
     came = np.array(gets.answers)
     copied = Plain(given.nbytes).copy()
     return {
@@ -131,7 +133,9 @@ def _fio(url: str, size: int, depth: int, total: int) -> dict[str, float]:
             command += [f"--bs={size}", f"--numjobs={depth}", "--ioengine=psync", "--thread"]
             command += [f"--size={total // size // depth * size or size}", "--invalidate=0"]
             command += ["--group_reporting", "--output-format=json"]
-            done = subprocess.run(command, capture_output=True, check=True, text=True)  # noqa: S603
+            done = subprocess.run(command, capture_output=True, check=False, text=True)  # noqa: S603
+            if done.returncode:
+                raise ConfigError(f"fio cannot run in {folder}: {done.stderr.strip()[:200]}")
             figures[f"fio_{name}_gb_s"] = json.loads(done.stdout)["jobs"][0][job]["bw_bytes"] / 1e9
     return figures
 

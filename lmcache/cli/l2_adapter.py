@@ -40,13 +40,14 @@ def url_of(text: str) -> str:
 
 def _file(about: dict[str, Any]) -> str:
     path, size = about.pop("base_path"), about.pop("max_capacity_gb")
-    return f"file://{Path(path).absolute()}?max_size={size}GB"
+    return f"file://{quote(str(Path(path).absolute()))}?max_size={size}GB"
 
 
 def _redis(about: dict[str, Any]) -> str:
     host, port = about.pop("host"), about.pop("port")
-    user, password = (quote(str(about.pop(name, "")), safe="") for name in ("username", "password"))
-    secret = f"{user}:{password}@" if user or password else ""
+    user, password = (about.pop(name, "") or "" for name in ("username", "password"))
+    secret = f"{quote(user, safe='')}:{quote(password, safe='')}@" if user or password else ""
+    host = f"[{host}]" if ":" in host else host
     return f"redis://{secret}{host}:{port}"
 
 

@@ -78,22 +78,33 @@ def wait_until(condition, timeout_s=20):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """Two servers, each with half of the slots."""
+def new_cluster(tmp_path_factory):
+    """Starts two servers, each with half of the slots, whenever it is called."""
     servers = []
-    for name in "ab":
-        config = tmp_path_factory.mktemp(name)
-        servers.append(RedisServer(config, "--cluster-enabled", "yes"))
-    for server, slots in zip(servers, [(0, 8191), (8192, 16383)], strict=True):
-        assert server.say("CLUSTER", "ADDSLOTSRANGE", *slots) == b"+OK\r\n"
-    servers[0].say("CLUSTER", "SET-CONFIG-EPOCH", 1)
-    assert servers[0].say("CLUSTER", "MEET", "127.0.0.1", servers[1].port) == b"+OK\r\n"
-    for server in servers:
-        wait_until(lambda s=server: b"cluster_state:ok" in s.say("CLUSTER", "INFO"))
-        wait_until(lambda s=server: s.say("CLUSTER", "NODES").count(b"connected") == 2)
-    yield servers
+
+    def new_cluster():
+        pair = []
+        for _ in range(2):
+            folder = tmp_path_factory.mktemp("cluster")
+            pair.append(RedisServer(folder, "--cluster-enabled", "yes"))
+            servers.append(pair[-1])
+        for server, slots in zip(pair, [(0, 8191), (8192, 16383)], strict=True):
+            assert server.say("CLUSTER", "ADDSLOTSRANGE", *slots) == b"+OK\r\n"
+        pair[0].say("CLUSTER", "SET-CONFIG-EPOCH", 1)
+        assert pair[0].say("CLUSTER", "MEET", "127.0.0.1", pair[1].port) == b"+OK\r\n"
+        for server in pair:
+            wait_until(lambda s=server: b"cluster_state:ok" in s.say("CLUSTER", "INFO"))
+            wait_until(lambda s=server: s.say("CLUSTER", "NODES").count(b" connected") == 2)
+        return pair
+
+    yield new_cluster
     for server in servers:
         server.kill()
+
+
+@pytest.fixture(scope="module")
+def cluster(new_cluster):
+    return new_cluster()
 
 
 @needs_server
@@ -109,6 +120,66 @@ class TestCluster(BackendSuite):
             backend.put(keys(n), memoryview(b"x"))
         assert all(int(server.say("DBSIZE")[1:-2]) > 5 for server in cluster)
         assert backend.count_leading([keys(n) for n in range(51)]) == 50
+
+
+@needs_server
+class TestClusterFailures:
+    def test_a_server_that_hangs_costs_a_few_timeouts_however_much_is_asked(
+        self, new_cluster, open_one
+    ):
+        first, second = new_cluster()
+        backend = open_one(f"{first.url}?cluster=true&timeout=1")
+        names = [key(n) for n in range(100)]
+        for n in range(100):
+            put(backend, n, 10)
+        assert backend.count_leading(names) == 100
+        second.signal(signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(BackendError, match="the cluster at 127.0.0.1"):
+            backend.count_leading(names)
+        assert time.monotonic() - started < 10
+        second.signal(signal.SIGCONT)
+        wait_until(lambda: b"cluster_state:ok" in first.say("CLUSTER", "INFO"))
+        assert backend.count_leading(names) == 100
+
+    def test_slots_that_have_moved_are_found(self, new_cluster, open_one):
+        first, second = new_cluster()
+        backend = open_one(f"{first.url}?cluster=true&prefix={{same}}:")  # all in one slot
+        for n in range(10):
+            put(backend, n, 10)
+        names = [key(n) for n in range(10)]
+        assert backend.count_leading(names) == 10
+        slot = int(first.say("CLUSTER", "KEYSLOT", "{same}:")[1:-2])
+        source, target = (first, second) if slot < 8192 else (second, first)
+        ids = {s: s.say("CLUSTER", "MYID").split(b"\r\n")[1].decode() for s in (source, target)}
+        target.say("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
+        source.say("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
+        for name in names:
+            whole = f"{{same}}:{name.hex()}"
+            moved = source.say("MIGRATE", "127.0.0.1", target.port, whole, 0, 5000)
+            assert moved == b"+OK\r\n"
+        for server in (target, source):
+            server.say("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
+        assert backend.count_leading(names) == 10
+        assert got(backend, 3) is not None
+
+    def test_a_cluster_that_has_moved_is_found_by_its_name(self, new_cluster, open_one):
+        old, new = new_cluster(), new_cluster()
+        backend = open_one(f"{old[0].url}?cluster=true&timeout=1")
+        put(backend, 1)
+        for server in old:
+            server.kill()
+        with pytest.raises(BackendError):
+            put(backend, 1)
+        backend._options["port"] = new[0].port  # as if the name led somewhere else now
+        wait_until(lambda: succeeds(lambda: put(backend, 1)))
+
+
+def succeeds(call):
+    try:
+        return call()
+    except BackendError:
+        return False
 
 
 @needs_server
@@ -135,10 +206,10 @@ class TestRoom:
         assert open_one(lasting_server.url).put(key(1), Huge()) is False
 
     def test_what_nobody_reads_goes(self, lasting_server, open_one):
-        backend = open_one(f"{lasting_server.url}?ttl=2&prefix=short:")
+        backend = open_one(f"{lasting_server.url}?ttl=4&prefix=short:")
         put(backend, 1)
         put(backend, 2)
-        for _ in range(5):
+        for _ in range(10):
             time.sleep(0.5)
             assert got(backend, 1) is not None
         assert got(backend, 2) is None
@@ -232,6 +303,9 @@ class TestFailures:
         with pytest.raises(BackendError):
             open_one(f"{NOBODY}&cluster=true").contains(key(1))
 
+    def test_one_that_knows_the_old_protocol_only(self, new_redis, open_one):
+        assert put(open_one(new_redis("--rename-command", "HELLO", "").url), 1)
+
     def test_a_value_that_is_no_object(self, lasting_server, open_one):
         backend = open_one(f"{lasting_server.url}?prefix=odd:")
         lasting_server.say("LPUSH", f"odd:{key(1).hex()}", "x")
@@ -283,6 +357,12 @@ class TestTls:
         assert put(backend, 1)
         assert got(backend, 1) is not None
 
+    def test_with_one_of_another_host(self, secured, open_one, monkeypatch):
+        url, certificate = secured
+        monkeypatch.setenv("SSL_CERT_FILE", certificate)
+        with pytest.raises(BackendError, match="certificate"):
+            put(open_one(url.replace("localhost", "127.0.0.1")), 1)
+
     def test_with_one_that_is_not(self, secured, open_one):
         with pytest.raises(BackendError, match="certificate"):
             put(open_one(secured[0]), 1)
@@ -293,8 +373,12 @@ class TestTls:
     [
         ("redis:///0", "write redis://host:port/number-of-the-database"),
         ("valkey://host/name", "write valkey://host:port/number-of-the-database"),
-        ("redis://host?ttl=0", "option 'ttl': '0' is not a whole number from 1 on"),
+        ("redis://host?ttl=0", "option 'ttl': '0' is not a whole number, 1 to 999999999"),
         ("redis://host?ttl=1h", "option 'ttl': '1h' is not a whole number"),
+        ("redis://host:0", "write redis://host:port"),
+        ("redis://host/\u00b2", "write redis://host:port"),
+        ("redis://host/3?cluster=true", "a cluster has no databases with numbers"),
+        (f"redis://host?ttl={'9' * 5000}", "is not a whole number"),
         ("redis://host?timeout=-1", "option 'timeout': '-1' is not"),
         ("redis://host?cluster=yes", "option 'cluster': 'yes' is neither true nor false"),
         ("redis://host?prefx=x", "did you mean 'prefix'"),
@@ -321,8 +405,36 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_closed_before_it_was_used():
     backend = RedisBackend.from_url(NOBODY)
     backend.close()
-    with pytest.raises(BackendClosed):
-        backend.contains(key(1))
+    for call in (backend.contains, lambda _: backend.count_leading([])):
+        with pytest.raises(BackendClosed):
+            call(key(1))
+
+
+@needs_server
+@pytest.mark.parametrize("end", ["", "?cluster=true"])
+def test_closed_under_calls(lasting_server, cluster, end):
+    url = cluster[0].url if end else lasting_server.url
+    seen = []
+
+    def work(backend, n):
+        try:
+            while True:
+                put(backend, n)
+                got(backend, n)
+        except Exception as error:
+            seen.append(type(error))
+
+    for _ in range(5):
+        backend = RedisBackend.from_url(url + end)
+        threads = [threading.Thread(target=work, args=(backend, n)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.05)
+        backend.close()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+    assert set(seen) == {BackendClosed}
 
 
 def test_its_schemes():

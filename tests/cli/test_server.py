@@ -324,6 +324,7 @@ class TestTiersAsUpstreamWritesThem:
             ({"password": "p@:/?"}, "redis://:p%40%3A%2F%3F@h:6379"),
             ({"username": "u", "password": "p", "num_workers": 8}, "redis://u:p@h:6379"),
             ({"max_capacity_gb": 5}, "redis://h:6379"),
+            ({"host": "::1", "username": None, "password": None}, "redis://[::1]:6379"),
         ],
     )
     def test_redis(self, said, url):
