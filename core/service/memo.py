@@ -45,7 +45,7 @@ class Memo(Generic[Item]):
         self._tokens = 0
 
     def get(self, start: Beginning) -> Item | None:
-        """The item of that beginning."""
+        """The item of that beginning, None if there is none."""
         return self._items.get(start, (None, 0))[0]
 
     def swap(self, start: Beginning, item: Item, tokens: int) -> Item | None:

@@ -57,7 +57,7 @@ class Told:
         if at >= stop:
             return told.number, None
         tokens = _packed(chain.tokens, at, stop)
-        told.tokens.extend(tokens)
+        told.tokens = told.tokens + tokens  # not in place: what is being sent may still be read
         self._remember(chain, told)
         return told.number, _more(chain, tokens, at=at)
 

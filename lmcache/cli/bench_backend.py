@@ -71,11 +71,11 @@ def measure(store: StorageBackend, size: int, depth: int, count: int) -> dict[st
     try:
         puts = Calls(depth, count, lambda n: store.put(keys[n], given_views[n]))
         gets = Calls(depth, count, lambda n: store.get_into(keys[n], taken_views[n]) == size)
-    finally:
-        if store.capabilities.removal:
-            for key in keys:
-                with suppress(BackendError):  # what failed before is what to be told of
-                    store.remove(key)
+    except BaseException:
+        with suppress(BackendError):  # what failed before is what to be told of
+            _remove(store, keys)
+        raise
+    _remove(store, keys)
     came = np.array(gets.answers)
     copied = Plain(given.nbytes).copy()
     return {
@@ -89,6 +89,12 @@ def measure(store: StorageBackend, size: int, depth: int, count: int) -> dict[st
         **gets.figures("get", size),
         "memcpy_gb_s": given.nbytes / copied / 1e9,
     }
+
+
+def _remove(store: StorageBackend, keys: list[ChunkKey]) -> None:
+    if store.capabilities.removal:
+        for key in keys:
+            store.remove(key)
 
 
 class Calls:

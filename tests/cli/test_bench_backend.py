@@ -61,9 +61,10 @@ def test_what_is_refused_or_lost_is_counted_and_not_timed():
     assert row["put_gb_s"] == row["get_gb_s"] == row["get_p50_ms"] == 0
 
 
-def test_a_backend_that_fails_ends_it():
+@pytest.mark.parametrize("count", [3, 15], ids=["when it removes", "when it stores"])
+def test_a_backend_that_fails_ends_it(count):
     with pytest.raises(BackendError):
-        measure(Flaky(MemoryBackend(), every=7), KIB, 1, 15)
+        measure(Flaky(MemoryBackend(), every=7), KIB, 1, count)
 
 
 def test_nothing_of_it_stays():

@@ -261,6 +261,14 @@ class TestSharing:
         assert not engine.client._link._asked
         rig.wait_until(house.idle)
 
+    def test_a_sequence_may_grow_while_what_was_told_is_being_sent(self, house, join):
+        engine = join(house)
+        sequence = rig.tokens(4 * CHUNK)
+        chain = engine.chain(sequence)
+        _, first = engine.client._told.tell(chain, CHUNK)
+        _, second = engine.client._told.tell(chain, 4 * CHUNK)
+        assert bytes(first.tokens) + bytes(second.tokens) == array("I", sequence).tobytes()
+
     def test_what_grows_is_counted_as_it_is(self, house, join, monkeypatch):
         engine = join(house)
         memo = engine.client._told._memo
