@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 from lmcache.core.borrower import Borrower
 from lmcache.core.client import CacheClient
 from lmcache.core.errors import HandoverError
+from lmcache.core.fetch import PLAIN, Asking
 from lmcache.core.flights import Flights
 from lmcache.core.geometry import Geometry, combined_layout, pages_per_chunk
 from lmcache.core.handover import Grant, Visit, address_of
+from lmcache.core.objects import layouts_text
 from lmcache.core.slab import MAX_MOVERS
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def geometry_of(hellos: list[Hello], chunk_size: int) -> Geometry:
         pages_per_chunk=pages_per_chunk(chunk_size, ordered[0].page_tokens),
         slices=tuple(hello.page_bytes for hello in ordered),
         layout=combined_layout([hello.fingerprint for hello in ordered]),
+        text=layouts_text([hello.summary for hello in ordered]),
     )
 
 
@@ -126,10 +129,10 @@ class Attachment(CacheClient):
             decider, tiers, geometry, flights, visits, borrowers, number, owned=words is None
         )
 
-    def lookup(self, owner: str, chain: KeyChain, stop: int) -> Hit | None:
+    def lookup(self, owner: str, chain: KeyChain, stop: int, asking: Asking = PLAIN) -> Hit | None:
         """From the slab at once, from slower tiers later."""
         self.flights.settle()
-        return self.tiers.lookup(owner, chain, self.geometry, stop)
+        return self.tiers.lookup(owner, chain, self.geometry, stop, asking)
 
     def keeps(self, hit: Hit, *, promised: bool = False) -> bool:
         """Look among the decider's leases; a promised one is as good as in the air."""

@@ -49,11 +49,14 @@ class KeyChain:
             keys.append(self._next(at, self.chunk_tokens))
         return keys[chunk + 1]
 
-    def full(self, stop: int) -> Iterator[ChunkKey]:
-        """The keys of all full chunks before token position `stop`, each computed when taken."""
+    def full(self, stop: int, first: int = 0) -> Iterator[ChunkKey]:
+        """The keys of full chunks from number `first` on before token position `stop`.
+
+        Each is computed when it is taken.
+        """
         count = stop // self.chunk_tokens
-        yield from self._keys[1 : count + 1]
-        for chunk in range(len(self._keys) - 1, count):
+        yield from self._keys[first + 1 : count + 1]
+        for chunk in range(max(first, len(self._keys) - 1), count):
             yield self.key(chunk)
 
     def has_keys(self, stop: int) -> bool:

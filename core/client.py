@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from lmcache.core.fetch import PLAIN, Asking
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -26,10 +28,10 @@ class CacheClient(ABC):
     """Tells it from every other attachment of the engine: a step names it."""
 
     @abstractmethod
-    def lookup(self, owner: str, chain: KeyChain, stop: int) -> Hit | None:
-        """Lease the longest prefix of the first `stop` tokens; None to be asked again later.
+    def lookup(self, owner: str, chain: KeyChain, stop: int, asking: Asking = PLAIN) -> Hit | None:
+        """Lease the longest stored stretch of the tokens up to `stop`; None to be asked again.
 
-        Slower tiers are asked once for each owner, until `release`.
+        Slower tiers are asked once for each owner, until `release`, or until its loads depart.
         """
 
     @abstractmethod

@@ -42,10 +42,12 @@ class Hit:
     lease: Lease | None
     """Keeps `slots` in place; None if there are none."""
     receipt: Receipt
+    more: int = 0
+    """Tokens beyond these that a slower tier has and the slab has no room for."""
 
     @property
     def tokens(self) -> int:
-        """Length of the prefix."""
+        """How many can be restored, from where the lookup began."""
         return self.receipt.tokens
 
 
@@ -76,7 +78,7 @@ class Decider:
         self._policy = policy
         self._used: list[int] = []
         """Entries that were used and the policy has not been told of, in their order."""
-        self._keep = keep
+        self.keep = keep
         self._lease_s = lease_s
         self._patience_s = patience_s
         self._clock = clock
@@ -134,35 +136,43 @@ class Decider:
             pages = [self._index.pages[entry] for entry in entries]
         return [(chain.part(chunk, count), count) for chunk, count in enumerate(pages)], reason
 
-    def lookup(self, owner: str, chain: KeyChain, geometry: Geometry, stop: int) -> Hit:
-        """Lease the longest stored prefix of the first `stop` tokens, in whole pages."""
+    def lookup(
+        self, owner: str, chain: KeyChain, geometry: Geometry, stop: int, start: int = 0
+    ) -> Hit:
+        """Lease the longest stored stretch of tokens `start` .. `stop`, in whole pages.
+
+        It begins at `start`, the first token of a chunk.
+        """
         started = time.perf_counter()
         if not chain.has_keys(stop):  # they are computed before the lock is taken
             self._index.leading(chain.full(stop))
         if not self.lock.acquire(timeout=self._patience_s):
-            return Hit([], None, Receipt(0, stop, Reason.TIMED_OUT))
+            return Hit([], None, Receipt(0, stop - start, Reason.TIMED_OUT))
         try:
             self._expire()
-            entries, reason = self._walk(chain, stop)
-            slots = self._index.leading_slots(entries)
+            first = start // chain.chunk_tokens
+            entries, reason = self._walk(chain, stop, first)
+            slots = self._index.leading_slots(entries, first)
             lease = self.lease(owner, entries) if entries else None
         finally:
             self.lock.release()
         pages = sum(slot.pages for slot in slots)
         tokens, size = pages * geometry.page_tokens, pages * geometry.page_bytes
         spent = (time.perf_counter() - started) * 1e3
-        return Hit(slots, lease, Receipt(tokens, stop, reason, {"l1": tokens}, size, spent))
+        asked = stop - start
+        return Hit(slots, lease, Receipt(tokens, asked, reason, {"l1": tokens}, size, spent))
 
-    def _walk(self, chain: KeyChain, stop: int) -> tuple[list[int], Reason]:
-        """The entries of the longest stored prefix, and why there are no more."""
-        entries = self._index.leading(chain.full(stop))
-        pages = chain.pages_in(len(entries), stop)
+    def _walk(self, chain: KeyChain, stop: int, first: int = 0) -> tuple[list[int], Reason]:
+        """The entries stored from chunk `first` on without a gap, and why there are no more."""
+        entries = self._index.leading(chain.full(stop, first))
+        chunk = first + len(entries)
+        pages = chain.pages_in(chunk, stop)
         if not pages:
-            return entries, Reason.NONE if entries else Reason.SHORT
-        entry = self._index.find(chain.part(len(entries), pages))
+            return entries, Reason.NONE if chunk else Reason.SHORT
+        entry = self._index.find(chain.part(chunk, pages))
         reason = Reason.NONE
         if entry == ABSENT:
-            entry, reason = self._shorter(chain, len(entries), pages)
+            entry, reason = self._shorter(chain, chunk, pages)
         return (entries if entry == ABSENT else [*entries, entry]), reason
 
     def _shorter(self, chain: KeyChain, chunk: int, pages: int) -> tuple[int, Reason]:
@@ -218,12 +228,12 @@ class Decider:
             wanted.append((chunk, pages, chain.part(chunk, pages)))
         with self.lock:
             self._expire()
-            slots, reason = self._reserve(wanted, geometry)
+            slots, reason = self._reserve(wanted, geometry, chain.root)
             self._informed()
         return slots, reason
 
     def _reserve(
-        self, wanted: list[tuple[int, int, ChunkKey]], geometry: Geometry
+        self, wanted: list[tuple[int, int, ChunkKey]], geometry: Geometry, root: ChunkKey
     ) -> tuple[list[Slot], Reason]:
         slots: list[Slot] = []
         for chunk, pages, key in wanted:
@@ -232,13 +242,15 @@ class Decider:
             if (entry := self._index.find(key)) != ABSENT:
                 self._used.append(entry)
                 continue
-            slot = self.place(key, geometry, pages, chunk)
+            slot = self.place(key, geometry, pages, chunk, root)
             if slot is None:
                 return slots, Reason.NO_ROOM
             slots.append(slot)
         return slots, Reason.NONE
 
-    def place(self, key: ChunkKey, geometry: Geometry, pages: int, chunk: int) -> Slot | None:
+    def place(
+        self, key: ChunkKey, geometry: Geometry, pages: int, chunk: int, root: ChunkKey
+    ) -> Slot | None:
         """Reserve one slot, evicting what must go; None if all the rest is leased or reserved."""
         size = geometry.slot_bytes(pages)
         offset = self._room_for(size)
@@ -248,7 +260,7 @@ class Decider:
         self._generation += 1
         slot = Slot(key, offset, size, self._generation, pages, chunk)
         self._reserved[key] = slot
-        start_header(self.slab.view[offset:], Description.of(slot, geometry))
+        start_header(self.slab.view[offset:], Description.of(slot, geometry, root))
         return slot
 
     def commit(self, slot: Slot, geometry: Geometry, *, fresh: bool = True) -> int:
@@ -309,7 +321,7 @@ class Decider:
 
     def _unpin(self, entry: int) -> None:
         self._index.pins[entry] -= 1
-        if not self._keep and self._index.pins[entry] == 0:
+        if not self.keep and self._index.pins[entry] == 0:
             self._drop(entry, evicted=False)
 
     def _informed(self) -> EvictionPolicy:

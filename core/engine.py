@@ -17,6 +17,7 @@ from lmcache.core.flights import Flights
 from lmcache.core.geometry import Geometry, combined_layout, pages_per_chunk
 from lmcache.core.keys import Identity, root_key
 from lmcache.core.mover import HOLE, Move, Mover
+from lmcache.core.objects import layouts_text
 from lmcache.core.receipts import Reason, Receipt
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class CacheEngine:
             pages_per_chunk=pages_per_chunk(chunk_size, layout.page_tokens),
             slices=(layout.stored_bytes,),
             layout=combined_layout([layout.fingerprint]),
+            text=layouts_text([layout.summary]),
         )
         self.decider = decider
         self.tiers = tiers

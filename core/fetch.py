@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache.core.receipts import Reason
 
 if TYPE_CHECKING:
     from lmcache.core.chain import KeyChain
     from lmcache.core.decider import Decider, Hit
+    from lmcache.core.geometry import Geometry
     from lmcache.core.keys import ChunkKey
     from lmcache.core.leases import Lease
+
+
+class Asking(NamedTuple):
+    """How an owner looks something up."""
+
+    start: int = 0
+    """From which token on, the first of a chunk; what comes before is loaded already."""
+    in_windows: bool = False
+    """Whether it loads what there is, and asks again for more while that is copied."""
+    priority: int = 0
+    """Among those who wait for slower tiers; lower is more urgent."""
+
+
+PLAIN = Asking()
 
 
 @dataclass(frozen=True)
@@ -29,15 +45,16 @@ class Want:
     """Pages of each object."""
 
     @classmethod
-    def beyond(cls, hit: Hit, chain: KeyChain, stop: int) -> Want:
-        """What a lookup that stopped at `hit` lacks for the first `stop` tokens."""
-        first = sum(slot.pages == chain.pages_per_chunk for slot in hit.slots)
+    def beyond(cls, hit: Hit, chain: KeyChain, start: int, stop: int) -> Want:
+        """What a lookup of tokens `start` .. `stop` that stopped at `hit` lacks."""
+        whole = sum(slot.pages == chain.pages_per_chunk for slot in hit.slots)
+        first = start // chain.chunk_tokens + whole
         keys, pages, chunk = [], [], first
         while (count := chain.pages_in(chunk, stop)) > 0:
             keys.append(chain.part(chunk, count))
             pages.append(count)
             chunk += 1
-        held = hit.slots[-1].pages if len(hit.slots) > first else 0
+        held = hit.slots[-1].pages if len(hit.slots) > whole else 0
         return cls(chain, first, held, keys, pages)
 
     def key(self, step: int, pages: int) -> ChunkKey:
@@ -55,16 +72,47 @@ class Fetch:
 
     owner: str
     want: Want
+    geometry: Geometry
     deadline: float
+    priority: int = 0
+    """Lower is more urgent."""
+    window: int | None = None
+    """Bytes that may be brought, where the owner takes what there is and asks again for more."""
+    room_until: float = 0.0
+    """When to stop waiting for others to give up room."""
+    held: int = 0
+    """Bytes of what was found in the slab and fetched."""
+    fetched: int = 0
+    """Bytes of the latter."""
+    more: int = 0
+    """Tokens that a tier has beyond those, for which there was no room."""
     leases: list[Lease] = field(default_factory=list)
     """Keep what was found in the slab, and what was fetched since, until the next lookup."""
     done: threading.Event = field(default_factory=threading.Event)
     started: bool = False
-    tokens: Counter[str] = field(default_factory=Counter)
-    """Brought so far, by the name of their tier."""
+    brought: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """Tier and tokens of each chunk brought so far, by the chunk's number."""
     reason: Reason = Reason.NEVER_STORED
     abandoned: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def has_window_for(self, size: int) -> bool:
+        """Whether so many bytes more may be brought, or as the first."""
+        return self.window is None or not self.fetched or self.fetched + size <= self.window
+
+    def may_wait(self, size: int, capacity: int) -> bool:
+        """Whether so many bytes more may get room by waiting: not if we ourselves hold it all."""
+        is_stuck = self.held > 0 if self.window else self.held + size > capacity
+        return not is_stuck and time.monotonic() < self.room_until
+
+    def take_brought(self, hit: Hit) -> dict[str, int]:
+        """Of the tokens of `hit`, how many come from which tier; what was fetched counts once."""
+        by_tier = Counter({"l1": hit.tokens})
+        for slot in hit.slots:
+            tier, tokens = self.brought.pop(slot.chunk, ("l1", 0))
+            by_tier["l1"] -= tokens
+            by_tier[tier] += tokens
+        return dict(by_tier)
 
     def keep(self, lease: Lease, decider: Decider) -> None:
         """Hold a lease for the waiter, unless there is none any more."""

@@ -24,6 +24,8 @@ class Geometry:
     mover, or fewer where movers hold the same."""
     layout: bytes
     """Digest over the layouts of all slices."""
+    text: bytes = b""
+    """What the headers of its objects say of these layouts; only who writes headers needs it."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.slices) <= MAX_SLICES:

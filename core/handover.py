@@ -25,7 +25,7 @@ import msgspec
 
 from lmcache.core.errors import HandoverError
 from lmcache.core.frames import MAX_DESCRIPTORS, receive, send
-from lmcache.core.layout import PageLayout
+from lmcache.core.layout import PageLayout, fingerprint_of
 from lmcache.core.log import init_logger
 
 if TYPE_CHECKING:
@@ -65,12 +65,18 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     page_tokens: int
     page_bytes: int
     """Bytes stored for the tokens of one page, over all cache groups."""
-    fingerprint: str
+    summary: str
+    """Of its layout."""
     slice_index: int
     """The slice of every page it holds; movers with the same slice hold the same bytes."""
     pid: int
     lends: Lending | None = None
     """Set if the decider's process is to copy; then no slab is handed over."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its layout."""
+        return fingerprint_of(self.summary)
 
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True):

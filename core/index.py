@@ -102,13 +102,14 @@ class Index:
             chunk,
         )
 
-    def leading_slots(self, entries: list[int]) -> list[Slot]:
-        """The slots of entries that are the first chunks of some sequence."""
+    def leading_slots(self, entries: list[int], first: int = 0) -> list[Slot]:
+        """The slots of entries that are chunks of some sequence, from number `first` on."""
         if len(entries) < 2:  # noqa: PLR2004  (of which `itemgetter` makes no tuple)
-            return [self.slot(entry, chunk) for chunk, entry in enumerate(entries)]
+            return [self.slot(entry, chunk) for chunk, entry in enumerate(entries, first)]
         of: Callable[[Any], tuple[Any, ...]] = itemgetter(*entries)
+        numbers = range(first, first + len(entries))
         columns = (self.keys, self.offset, self.size, self.generation, self.pages)
-        return list(map(_NEW_SLOT, zip(*map(of, columns), range(len(entries)), strict=True)))
+        return list(map(_NEW_SLOT, zip(*map(of, columns), numbers, strict=True)))
 
     def remove(self, entry: int) -> ChunkKey:
         """Forget an entry, whose number may be given out again."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import groupby, product
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -173,9 +173,20 @@ class PageLayout:
         )
 
     @cached_property
-    def fingerprint(self) -> str:
-        """64 hex digits, equal only if objects of one layout are valid in the other."""
+    def summary(self) -> str:
+        """What the bytes of an object mean, as text: equal regions in a row are one line."""
         order = "page" if self.page_major else "region"
         lines = [f"v1 {self.kind} {self.page_tokens} {order} x{self.groups}"]
-        lines += [f"{region.page_bytes} {region.meaning}" for region in self.regions]
-        return blake3("\n".join(lines).encode()).hexdigest()
+        for about, same in groupby(f"{r.page_bytes} {r.meaning}" for r in self.regions):
+            lines.append(f"{len(list(same))} x {about}")
+        return "\n".join(lines)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits, equal only if objects of one layout are valid in the other."""
+        return fingerprint_of(self.summary)
+
+
+def fingerprint_of(summary: str) -> str:
+    """The fingerprint of a layout with this summary."""
+    return blake3(summary.encode()).hexdigest()

@@ -1,36 +1,40 @@
 """The bytes of one stored chunk: a header that describes itself, then the payload.
 
 The same bytes lie in a slot of the slab and in every storage tier, so that moving a chunk between
-them is one read or write. All integers are little-endian. The words from `TAGS` on belong to the
+them is one read or write; `docs/format.md` specifies them. The words from `TAGS` on belong to the
 slab: each mover writes the slot's generation into its own word when its share of the payload is
 complete; in a storage tier they mean nothing and no checksum covers them.
 """
 
 from __future__ import annotations
 
+import json
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_intdigest
 
+from lmcache.core.keys import ChunkKey
 from lmcache.core.slab import WORD
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lmcache.core.geometry import Geometry
     from lmcache.core.index import Slot
-    from lmcache.core.keys import ChunkKey
 
 MAGIC = b"LMCOBJ\r\n"
-VERSION = 1
+VERSION = 2
 MAX_SLICES = 64
 """An object has one word for each, to say that it is there."""
-HEADER_BYTES = 128 + MAX_SLICES * WORD.size
-"""640: the payload that follows stays aligned to 128 bytes."""
 TAGS = 128
+TEXT = TAGS + MAX_SLICES * WORD.size
+HEADER_BYTES = 4096
+"""A page of memory and a block of a disk: the payload of an aligned object is aligned, too."""
 
 _FIXED = struct.Struct("<8sHHIQ32s32sQ32s")
-"""The last field is spare: zero, and checked like the rest."""
+_ROOT = slice(TAGS - 32, TAGS)
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,61 @@ class Description:
     """What a header says about its payload."""
 
     key: ChunkKey
+    root: ChunkKey
+    """Of the key's chain: the digest of the namespace and of what else the request depends on."""
     layout: bytes
     """Digest over the layouts of all slices of the payload (32 bytes)."""
     pages: int
     payload_bytes: int
+    text: bytes = b""
+    """The layouts themselves, for other programs; see `layouts_text`."""
 
     @classmethod
-    def of(cls, slot: Slot, geometry: Geometry) -> Description:
+    def of(cls, slot: Slot, geometry: Geometry, root: ChunkKey) -> Description:
         """What the object in `slot` must say."""
-        return cls(slot.key, geometry.layout, slot.pages, slot.pages * geometry.page_bytes)
+        size = slot.pages * geometry.page_bytes
+        return cls(slot.key, root, geometry.layout, slot.pages, size, geometry.text)
 
 
-def _write(view: memoryview, about: Description, checksum: int) -> None:
-    _FIXED.pack_into(
-        view,
-        0,
+def layouts_text(summaries: Sequence[str]) -> bytes:
+    """The layouts of all slices as JSON; empty if a header has no room for it."""
+    distinct = list(dict.fromkeys(summaries))
+    said = {"layouts": distinct, "slices": [distinct.index(summary) for summary in summaries]}
+    text = json.dumps(said, separators=(",", ":")).encode()
+    return text if len(text) <= HEADER_BYTES - TEXT else b""
+
+
+def start_header(view: memoryview, about: Description) -> None:
+    """Write the header of an object whose payload is yet to come; no mover is done with it."""
+    view[:HEADER_BYTES] = _fixed(about, 0) + bytes(TEXT - TAGS) + _padded(about.text)
+
+
+def seal(view: memoryview, about: Description) -> None:
+    """Write the header of a complete object, with the checksum of its payload."""
+    view[:TAGS] = _fixed(about, _checksum(view))
+    view[TEXT:HEADER_BYTES] = _padded(about.text)
+
+
+def is_intact(view: memoryview, about: Description) -> bool:
+    """Whether `view` holds exactly the object described, every byte of it as it was sealed."""
+    return (
+        len(view) == HEADER_BYTES + about.payload_bytes
+        and view[:TAGS] == _fixed(about, _checksum(view))
+        and view[TEXT:HEADER_BYTES] == _padded(about.text)
+    )
+
+
+def root_of(view: memoryview) -> ChunkKey:
+    """The root that a header names."""
+    return ChunkKey(bytes(view[_ROOT]))
+
+
+def _checksum(view: memoryview) -> int:
+    return xxh3_64_intdigest(view[HEADER_BYTES:])
+
+
+def _fixed(about: Description, checksum: int) -> bytes:
+    return _FIXED.pack(
         MAGIC,
         VERSION,
         HEADER_BYTES,
@@ -61,26 +105,9 @@ def _write(view: memoryview, about: Description, checksum: int) -> None:
         about.key,
         about.layout,
         checksum,
-        b"",
+        about.root,
     )
 
 
-def start_header(view: memoryview, about: Description) -> None:
-    """Write the header of an object whose payload is yet to come; no mover is done with it."""
-    _write(view, about, 0)
-    view[TAGS:HEADER_BYTES] = bytes(HEADER_BYTES - TAGS)
-
-
-def seal(view: memoryview, about: Description) -> None:
-    """Write the header of a complete object, with the checksum of its payload."""
-    payload = view[HEADER_BYTES : HEADER_BYTES + about.payload_bytes]
-    _write(view, about, xxh3_64_intdigest(payload))
-
-
-def is_intact(view: memoryview, about: Description) -> bool:
-    """Whether `view` holds exactly the object described, every byte of it as it was sealed."""
-    if len(view) != HEADER_BYTES + about.payload_bytes:
-        return False
-    checksum = xxh3_64_intdigest(view[HEADER_BYTES:])
-    expected = (MAGIC, VERSION, HEADER_BYTES, about.pages, about.payload_bytes)
-    return _FIXED.unpack_from(view, 0) == (*expected, about.key, about.layout, checksum, bytes(32))
+def _padded(text: bytes) -> bytes:
+    return text.ljust(HEADER_BYTES - TEXT, b"\0")

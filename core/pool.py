@@ -8,7 +8,9 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future, wait
 from functools import partial
-from queue import Empty, SimpleQueue
+from heapq import heappop, heappush
+from itertools import count
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from lmcache.core.log import init_logger
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 _Job = tuple["Future[None]", "Callable[[], None]"]
+Order = tuple[float, float]
 
 
 class DaemonPool:
@@ -28,7 +31,11 @@ class DaemonPool:
         self._most = threads
         self._name = name
         self._threads: list[threading.Thread] = []
-        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._queue: list[tuple[Order, int, _Job]] = []
+        """A heap."""
+        self._numbers = count()
+        self._calls: SimpleQueue[bool] = SimpleQueue()
+        """One for each job, and False for each thread that is to end."""
         self._pending: set[Future[None]] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -37,15 +44,22 @@ class DaemonPool:
         """Jobs that have not ended."""
         return len(self._pending)
 
-    def submit(self, job: Callable[..., None], *args: Any) -> Future[None]:
-        """Run `job(*args)` when a thread is free. Raises `RuntimeError` once the pool is closed."""
+    def submit(
+        self, job: Callable[..., None], *args: Any, order: Order = (0.0, 0.0)
+    ) -> Future[None]:
+        """Run `job(*args)` when a thread is free, the lowest `order` first, then who came first.
+
+        Raises `RuntimeError` once the pool is closed.
+        """
         future: Future[None] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"the pool {self._name} is closed")
             self._pending.add(future)
             future.add_done_callback(self._forget)
-            self._queue.put((future, partial(job, *args)))
+            work: _Job = (future, partial(job, *args))
+            heappush(self._queue, (order, next(self._numbers), work))
+            self._calls.put(True)
             if len(self._threads) < min(self._most, len(self._pending)):
                 self._start_thread()
         return future
@@ -63,15 +77,11 @@ class DaemonPool:
         """Cancel the jobs that have not begun, and have the threads end after the one at hand."""
         with self._lock:
             self._closed = True
-        while True:
-            try:
-                job = self._queue.get_nowait()
-            except Empty:
-                break
-            if job:
-                job[0].cancel()
+            waiting, self._queue = self._queue, []
+        for _, _, (future, _) in waiting:
+            future.cancel()
         for _ in self._threads:
-            self._queue.put(None)
+            self._calls.put(False)
 
     def join(self) -> None:
         """Wait for the threads to end, after `close`."""
@@ -89,8 +99,11 @@ class DaemonPool:
             self._pending.discard(future)
 
     def _work(self) -> None:
-        while job := self._queue.get():
-            future, call = job
+        while self._calls.get():
+            with self._lock:
+                if not self._queue:  # it was cancelled
+                    continue
+                _, _, (future, call) = heappop(self._queue)
             if future.set_running_or_notify_cancel():
                 try:
                     call()
@@ -99,4 +112,4 @@ class DaemonPool:
                     future.set_exception(error)
                 else:
                     future.set_result(None)
-            del job, future, call  # or an idle thread keeps what they hold
+            del future, call  # or an idle thread keeps what they hold

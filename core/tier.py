@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lmcache.core.errors import BackendError
 from lmcache.core.log import init_logger
+from lmcache.core.pool import DaemonPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,7 @@ Answer = TypeVar("Answer")
 TRIES = 3
 REST_S = 10.0
 """After `TRIES` failures in a row a backend is left alone for this long."""
+DEPTH = 4
 
 
 @dataclass
@@ -31,12 +33,19 @@ class Tier:
 
     name: str
     backend: StorageBackend
+    depth: int = DEPTH
+    """Objects that are read at a time, and as many that are written."""
     failures: int = 0
     """In a row."""
     asleep_until: float = 0.0
     calls: int = 0
     """Under way now."""
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        """Readers never wait behind writers, nor one tier behind another."""
+        self.reads = DaemonPool(self.depth, f"lmcache-read-{self.name}")
+        self.writes = DaemonPool(self.depth, f"lmcache-write-{self.name}")
 
     def is_awake(self) -> bool:
         """Whether the backend may be asked now."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -10,54 +13,68 @@ from lmcache.core.pool import DaemonPool
 from lmcache.core.receipts import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from lmcache.core.backend import StorageBackend
     from lmcache.core.decider import Decider
     from lmcache.core.fetch import Fetch
-    from lmcache.core.geometry import Geometry
     from lmcache.core.index import Slot
     from lmcache.core.keys import ChunkKey
     from lmcache.core.tier import Tier
 
 Answer = TypeVar("Answer")
+_Read = Future[Reason]
+"""Why an object was not read, or `NONE`."""
+
+LOOK_S = 0.002
+"""How often is looked for room, and for what others read."""
 
 
 class TierReads:
-    """The reading of fetches. All but `begin` runs on threads of its own."""
+    """The reading of fetches: a thread for each, which has the tiers' threads read objects."""
 
-    def __init__(self, decider: Decider, tiers: Sequence[Tier], threads: int) -> None:
+    def __init__(self, decider: Decider, tiers: Sequence[Tier], fetches: int) -> None:
         self._decider = decider
         self._tiers = tiers
-        self.pool = DaemonPool(threads, "lmcache-tier-read")
+        self.pool = DaemonPool(fetches, "lmcache-tier-fetch")
+        self._coming: set[ChunkKey] = set()
+        """What is being read, under the decider's lock."""
+        self._waits: Fetch | None = None
+        """Who holds something and waits for room, under the decider's lock: two could wait for
+        each other."""
 
-    def begin(self, fetch: Fetch, geometry: Geometry) -> bool:
-        """Read for `fetch` as soon as a thread is free; False if there is to be no more reading."""
+    def begin(self, fetch: Fetch) -> bool:
+        """Read for `fetch` as soon as a thread is free; False if there is to be no more reading.
+
+        The most urgent first, and of those the one whose deadline is nearest.
+        """
         try:
-            self.pool.submit(self._run, fetch, geometry)
+            self.pool.submit(self._run, fetch, order=(fetch.priority, fetch.deadline))
         except RuntimeError:
             return False
         return True
 
-    def _run(self, fetch: Fetch, geometry: Geometry) -> None:
+    def _run(self, fetch: Fetch) -> None:
         fetch.started = True
         try:
-            fetch.reason = self._read_on(fetch, geometry)
+            fetch.reason = self._read_on(fetch)
         finally:
             fetch.done.set()
 
-    def _read_on(self, fetch: Fetch, geometry: Geometry) -> Reason:
+    def _read_on(self, fetch: Fetch) -> Reason:
         """Read from whoever has most of the rest, again and again; why that came to an end."""
         want, step, best = fetch.want, 0, None
         while step < len(want.keys):
             best, count = self._longest(want.keys[step:], but=best)
             if best is None:
-                return self._read_tail(fetch, geometry, step)
-            for _ in range(count):
-                reason = self._bring(best, fetch, geometry, step, want.pages[step])
-                if reason is not Reason.NONE:
-                    return reason
-                step += 1
+                return self._read_tail(fetch, step)
+            done, reason = self._bring_all(best, fetch, range(step, step + count))
+            if reason is not Reason.NONE:
+                if reason is Reason.NO_ROOM:
+                    lacking = sum(want.pages[step + done : step + count])
+                    fetch.more = lacking * fetch.geometry.page_tokens
+                return reason
+            step += count
         return Reason.NONE
 
     def _longest(self, keys: list[ChunkKey], but: Tier | None) -> tuple[Tier | None, int]:
@@ -67,55 +84,102 @@ class TierReads:
             if most < len(keys) and tier is not but:
                 count = self._ask(tier, lambda backend: backend.count_leading(keys)) or 0
                 if count > most:
-                    best, most = tier, count
+                    best, most = tier, min(count, len(keys))
         return best, most
 
-    def _read_tail(self, fetch: Fetch, geometry: Geometry, step: int) -> Reason:
+    def _read_tail(self, fetch: Fetch, step: int) -> Reason:
         """Nobody has object number `step`; read a shorter one. Why there is no more than that."""
         reason = Reason.TIER_FAILED if any(tier.failures for tier in self._tiers) else fetch.reason
         for pages in fetch.want.shorter(step):
             key = fetch.want.key(step, pages)
             for tier in self._tiers:
                 if self._ask(tier, partial(_contains, key=key)):
-                    brought = self._bring(tier, fetch, geometry, step, pages)
+                    brought = self._bring(tier, fetch, step, pages).result()
                     return reason if brought is Reason.NONE else brought
         return reason
 
-    def _bring(self, tier: Tier, fetch: Fetch, geometry: Geometry, step: int, pages: int) -> Reason:
-        """Read object number `step`, cut to `pages` pages, into a slot of its own."""
-        decider, key = self._decider, fetch.want.key(step, pages)
+    def _bring_all(self, tier: Tier, fetch: Fetch, steps: Iterable[int]) -> tuple[int, Reason]:
+        """Read these objects, several at a time: how many, and why no more."""
+        coming: deque[_Read] = deque()
+        done, reason, stopped = 0, Reason.NONE, Reason.NONE
+        for step in steps:
+            if len(coming) == tier.depth:
+                reason = coming.popleft().result()
+                done += reason is Reason.NONE
+            if reason is not Reason.NONE:
+                break
+            read = self._bring(tier, fetch, step, fetch.want.pages[step])
+            if read.done() and read.result() is not Reason.NONE:
+                stopped = read.result()
+                break
+            coming.append(read)
+        for read in coming:  # each of them, whatever became of those before
+            reason = read.result() if reason is Reason.NONE else reason
+            done += reason is Reason.NONE
+        wait(coming)
+        return done, stopped if reason is Reason.NONE else reason
+
+    def _bring(self, tier: Tier, fetch: Fetch, step: int, pages: int) -> _Read:
+        """Begin to read object number `step`, cut to `pages` pages."""
+        read: _Read = Future()
+        reason, slot = self._place(fetch, step, pages)
+        while slot is None and reason is None:
+            time.sleep(LOOK_S)
+            reason, slot = self._place(fetch, step, pages)
+        if slot is None:
+            read.set_result(reason or Reason.NONE)
+            return read
+        end = partial(self._end, read, tier, fetch, slot)
+        try:
+            job = tier.reads.submit(self._read, end, tier, fetch, slot)
+        except RuntimeError:  # closed meanwhile
+            end(Reason.TIER_FAILED)
+        else:
+            job.add_done_callback(lambda job: job.cancelled() and end(Reason.TIER_FAILED))
+        return read
+
+    def _place(self, fetch: Fetch, step: int, pages: int) -> tuple[Reason | None, Slot | None]:
+        """A slot to read into, or why there is none; neither, if it is worth waiting."""
+        decider, want, geometry = self._decider, fetch.want, fetch.geometry
+        key, size = want.key(step, pages), geometry.slot_bytes(pages)
         with decider.lock:
+            self._waits = None if self._waits is fetch else self._waits
             if fetch.abandoned:
-                return Reason.TIMED_OUT
+                return Reason.TIMED_OUT, None
             if key in decider:
                 fetch.keep(decider.lease(fetch.owner, [decider.find(key)]), decider)
-                return Reason.NONE
+                fetch.held += size
+                return Reason.NONE, None
             if decider.why_absent(key) is Reason.BEING_WRITTEN:
-                return Reason.BEING_WRITTEN
-            slot = decider.place(key, geometry, pages, fetch.want.first_chunk + step)
-        if slot is None:
-            return Reason.NO_ROOM
+                return None if key in self._coming else Reason.BEING_WRITTEN, None
+            if not fetch.has_window_for(size):
+                return Reason.NO_ROOM, None
+            slot = decider.place(key, geometry, pages, want.first_chunk + step, want.chain.root)
+            if slot is not None:
+                fetch.held, fetch.fetched = fetch.held + size, fetch.fetched + size
+                self._coming.add(key)
+            elif not fetch.may_wait(size, decider.capacity_bytes) or (fetch.held and self._waits):
+                return Reason.NO_ROOM, None
+            elif fetch.held:
+                self._waits = fetch
+            return None, slot
+
+    def _read(self, end: Callable[[Reason], None], tier: Tier, fetch: Fetch, slot: Slot) -> None:
         reason = Reason.DAMAGED
         try:
-            reason = self._read(tier, slot, geometry)
+            reason = self._fill(tier, fetch, slot)
         finally:
-            if reason is not Reason.NONE:
-                decider.abandon(slot)
-        if reason is not Reason.NONE:
-            return reason
-        with decider.lock:
-            entry = decider.commit(slot, geometry, fresh=False)
-            fetch.keep(decider.lease(fetch.owner, [entry]), decider)
-        fetch.tokens[tier.name] += pages * geometry.page_tokens
-        return Reason.NONE
+            end(reason)
 
-    def _read(self, tier: Tier, slot: Slot, geometry: Geometry) -> Reason:
+    def _fill(self, tier: Tier, fetch: Fetch, slot: Slot) -> Reason:
         """Read an object straight into its slot and check every byte of it."""
+        geometry = fetch.geometry
+        about = Description.of(slot, geometry, fetch.want.chain.root)
         view = self._decider.slab.view[slot.offset : slot.offset + slot.size]
         size = self._ask(tier, lambda backend: backend.get_into(slot.key, view))
         if size is None:
             return Reason.TIER_FAILED if tier.failures else Reason.NEVER_STORED
-        if size != slot.size or not is_intact(view, Description.of(slot, geometry)):
+        if size != slot.size or not is_intact(view, about):
             self._decider.counters.add("damaged", label=tier.name)
             if tier.backend.capabilities.removal:
                 self._ask(tier, lambda backend: backend.remove(slot.key))
@@ -123,6 +187,19 @@ class TierReads:
         for index in range(len(geometry.slices)):
             self._decider.slab.write_word(slot.offset + geometry.tag_offset(index), slot.generation)
         return Reason.NONE
+
+    def _end(self, read: _Read, tier: Tier, fetch: Fetch, slot: Slot, reason: Reason) -> None:
+        """Show everybody what was read into a slot, if it was."""
+        decider, geometry = self._decider, fetch.geometry
+        with decider.lock:
+            self._coming.discard(slot.key)
+            if reason is Reason.NONE:
+                entry = decider.commit(slot, geometry, fresh=False)
+                fetch.keep(decider.lease(fetch.owner, [entry]), decider)
+                fetch.brought[slot.chunk] = tier.name, slot.pages * geometry.page_tokens
+            else:
+                decider.abandon(slot)
+        read.set_result(reason)
 
     def _ask(self, tier: Tier, call: Callable[[StorageBackend], Answer]) -> Answer | None:
         return tier.ask(call, self._decider.counters)

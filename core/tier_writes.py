@@ -1,12 +1,12 @@
-"""Writes complete chunks to every tier, off the hot path."""
+"""Writes complete chunks to the tiers, off the hot path."""
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lmcache.core.objects import Description, seal
-from lmcache.core.pool import DaemonPool
+from lmcache.core.objects import Description, root_of, seal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,39 +19,66 @@ if TYPE_CHECKING:
 
 
 class TierWrites:
-    """A bounded queue of chunks that stay pinned until they are written."""
+    """A bounded queue for each tier, of chunks that stay pinned until they are written."""
 
-    def __init__(self, decider: Decider, tiers: Sequence[Tier], threads: int, queue: int) -> None:
+    def __init__(self, decider: Decider, tiers: Sequence[Tier], queue: int) -> None:
+        """At most `queue` chunks wait for a tier, in half of the slab, or all if it keeps none."""
         self._decider = decider
         self._tiers = tiers
         self._queue = queue
-        self.pool = DaemonPool(threads, "lmcache-tier-write")
+        self._most_bytes = decider.capacity_bytes // (2 if decider.keep else 1)
+        self._bytes = 0
+        """Of the chunks that wait, under the decider's lock."""
 
     def offer(self, slot: Slot, geometry: Geometry) -> None:
-        """Queue a complete slot. Called under the decider's lock."""
-        if len(self.pool) >= self._queue:
-            self._decider.counters.add("tier_dropped")
+        """Queue a chunk that has become complete. Called under the decider's lock."""
+        chunk = _Chunk(self._decider, slot, geometry)
+        for tier in self._tiers:
+            self._enqueue(tier, chunk)
+
+    def _enqueue(self, tier: Tier, chunk: _Chunk) -> None:
+        size = chunk.slot.size
+        is_full = self._bytes > 0 and self._bytes + size > self._most_bytes
+        if is_full or len(tier.writes) >= self._queue:
+            self._decider.counters.add("tier_dropped", label=tier.name)
             return
-        entry = self._decider.pin(slot.key)
+        entry = self._decider.pin(chunk.slot.key)
         try:
-            write = self.pool.submit(self._write, entry, slot, geometry)
+            write = tier.writes.submit(self._write, tier, chunk)
         except RuntimeError:  # closed meanwhile
-            self._decider.counters.add("tier_dropped")
+            self._decider.counters.add("tier_dropped", label=tier.name)
             self._decider.unpin(entry)
             return
-        write.add_done_callback(partial(self._written, entry))
+        self._bytes += size
+        write.add_done_callback(partial(self._written, entry, size))
 
-    def _written(self, entry: int, write: Future[None]) -> None:
-        if write.cancelled():
+    def _written(self, entry: int, size: int, _: Future[None]) -> None:
+        with self._decider.lock:
+            self._bytes -= size
             self._decider.unpin(entry)
 
-    def _write(self, entry: int, slot: Slot, geometry: Geometry) -> None:
-        decider = self._decider
-        view = decider.slab.view[slot.offset : slot.offset + slot.size]
-        try:
-            seal(view, Description.of(slot, geometry))
-            for tier in self._tiers:
-                kept = tier.ask(lambda backend: backend.put(slot.key, view), decider.counters)
-                decider.counters.add("tier_written" if kept else "tier_dropped", 1, tier.name)
-        finally:
-            decider.unpin(entry)
+    def _write(self, tier: Tier, chunk: _Chunk) -> None:
+        view = chunk.sealed()
+        counters = self._decider.counters
+        kept = tier.ask(lambda backend: backend.put(chunk.slot.key, view), counters)
+        counters.add("tier_written" if kept else "tier_dropped", 1, tier.name)
+
+
+class _Chunk:
+    """A chunk that several tiers are to have, sealed by the first that comes to it."""
+
+    def __init__(self, decider: Decider, slot: Slot, geometry: Geometry) -> None:
+        self.slot = slot
+        self._geometry = geometry
+        self._view = decider.slab.view[slot.offset : slot.offset + slot.size]
+        self._lock = threading.Lock()
+        self._is_sealed = False
+
+    def sealed(self) -> memoryview:
+        """Its object, with the checksum in its header."""
+        with self._lock:
+            if not self._is_sealed:
+                root = root_of(self._view)
+                seal(self._view, Description.of(self.slot, self._geometry, root))
+                self._is_sealed = True
+        return self._view

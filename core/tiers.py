@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lmcache.core.errors import BackendError
-from lmcache.core.fetch import Fetch, Want
+from lmcache.core.fetch import PLAIN, Asking, Fetch, Want
 from lmcache.core.receipts import Reason
 from lmcache.core.tier_reads import TierReads
 from lmcache.core.tier_writes import TierWrites
@@ -38,38 +37,45 @@ class Tiers:
         decider: Decider,
         tiers: Sequence[Tier],
         *,
-        threads: int = 4,
+        fetches: int = 16,
         queue: int = 256,
         fetch_timeout_s: float = 5.0,
     ) -> None:
-        """`queue` bounds the chunks waiting to be written; what does not fit is not written.
+        """`queue` bounds the chunks waiting to be written to each; others are not written.
 
-        As many `threads` read as write, so that no reader waits behind that queue.
+        So many `fetches` are read for at a time.
         """
         self._decider = decider
         self._tiers = list(tiers)
         self._timeout_s = fetch_timeout_s
         self._fetches: dict[str, Fetch] = {}
-        self._reads = TierReads(decider, self._tiers, threads)
-        self._writes = TierWrites(decider, self._tiers, threads, queue)
+        self._reads = TierReads(decider, self._tiers, fetches)
+        self._writes = TierWrites(decider, self._tiers, queue)
         if self._tiers:
             decider.on_commit = self._writes.offer
             atexit.register(self.close)
 
-    def lookup(self, owner: str, chain: KeyChain, geometry: Geometry, stop: int) -> Hit | None:
+    def lookup(
+        self, owner: str, chain: KeyChain, geometry: Geometry, stop: int, asking: Asking = PLAIN
+    ) -> Hit | None:
         """Like `Decider.lookup`, over all tiers; None while a slower tier is being read.
 
         Each owner asks the slower tiers once, until `forget`.
         """
         fetch = self._fetches.get(owner)
         if fetch is not None:
-            return self._collect(fetch, owner, chain, geometry, stop)
-        hit = self._decider.lookup(owner, chain, geometry, stop)
+            return self._collect(fetch, chain, geometry, asking.start, stop)
+        hit = self._decider.lookup(owner, chain, geometry, stop, asking.start)
         if self._tiers and hit.receipt.reason in (Reason.NEVER_STORED, Reason.EVICTED):
-            if self._fetch(owner, hit, chain, geometry, stop):
+            try:
+                want = Want.beyond(hit, chain, asking.start, stop)
+            except BaseException:
+                self._decider.release(hit.lease)
+                raise
+            if self._fetch(owner, hit, want, geometry, asking):
                 return None
             hit = _because(hit, Reason.TIER_FAILED)
-        self._decider.counters.looked_up(stop, hit.receipt.by_tier, hit.receipt.reason)
+        self._looked_up(hit)
         return hit
 
     def wait(self, owner: str) -> None:
@@ -86,7 +92,8 @@ class Tiers:
 
     def flush(self) -> None:
         """Return when everything offered so far has been written or refused."""
-        self._writes.pool.wait()
+        for tier in self._tiers:
+            tier.writes.wait()
 
     def describe(self) -> list[dict[str, object]]:
         """Each tier, for people."""
@@ -108,7 +115,8 @@ class Tiers:
         with self._decider.lock:
             self._decider.on_commit = None
         deadline = time.monotonic() + timeout_s
-        for pool in (self._reads.pool, self._writes.pool):
+        pools = [self._reads.pool, *(pool for t in self._tiers for pool in (t.writes, t.reads))]
+        for pool in pools:
             ended = pool.wait(max(0.0, deadline - time.monotonic()))
             pool.close()
             if ended:
@@ -120,44 +128,57 @@ class Tiers:
 
     # ---- the waiter's side of a fetch
 
-    def _fetch(self, owner: str, hit: Hit, chain: KeyChain, geometry: Geometry, stop: int) -> bool:
+    def _fetch(self, owner: str, hit: Hit, want: Want, geometry: Geometry, asking: Asking) -> bool:
         """Begin to read what `hit` lacks; False if there is nobody to ask."""
         if not any(tier.is_awake() for tier in self._tiers):
             return False
         deadline = time.monotonic() + self._timeout_s
-        try:
-            want = Want.beyond(hit, chain, stop)
-        except BaseException:
-            self._decider.release(hit.lease)
-            raise
-        fetch = Fetch(owner, want, deadline, reason=hit.receipt.reason)
+        fetch = self._fetches[owner] = Fetch(
+            owner,
+            want,
+            geometry,
+            deadline,
+            priority=asking.priority,
+            window=self._window(want, geometry) if asking.in_windows else None,
+            room_until=deadline - self._timeout_s / 4,
+            held=sum(slot.size for slot in hit.slots),
+            reason=hit.receipt.reason,
+        )
         if hit.lease:
             fetch.leases.append(hit.lease)
-        self._fetches[owner] = fetch
-        if self._reads.begin(fetch, geometry):
+        if self._reads.begin(fetch):
             return True
         del self._fetches[owner]
         return False
 
+    def _window(self, want: Want, geometry: Geometry) -> int | None:
+        """What to bring at once of more than half the slab holds: one part while another leaves."""
+        capacity = self._decider.capacity_bytes
+        wanted = sum(geometry.slot_bytes(pages) for pages in want.pages)
+        return capacity // 4 if wanted > capacity // 2 else None
+
     def _collect(
-        self, fetch: Fetch, owner: str, chain: KeyChain, geometry: Geometry, stop: int
+        self, fetch: Fetch, chain: KeyChain, geometry: Geometry, start: int, stop: int
     ) -> Hit | None:
         late = time.monotonic() >= fetch.deadline
         if not fetch.done.is_set() and not late:
             return None
-        hit = self._decider.lookup(owner, chain, geometry, stop)
+        hit = self._decider.lookup(fetch.owner, chain, geometry, stop, start)
         reason = fetch.reason if fetch.done.is_set() else Reason.TIMED_OUT
         if reason is Reason.TIMED_OUT and not fetch.abandoned:
             self._blame(fetch)
-        fetched, fetch.tokens = fetch.tokens, Counter()  # counted once
+        by_tier = fetch.take_brought(hit)
         fetch.abandon(self._decider)
-        if fetched.total() > hit.tokens:  # this lookup gave up
-            fetched.clear()
-        by_tier = {"l1": hit.tokens - fetched.total(), **fetched}
         if hit.receipt.reason not in (Reason.NONE, Reason.TIMED_OUT):
             hit = _because(hit, reason)
-        self._decider.counters.looked_up(stop, by_tier, hit.receipt.reason)
-        return replace(hit, receipt=replace(hit.receipt, by_tier=by_tier))
+        more = fetch.more if hit.tokens and fetch.window and reason is Reason.NO_ROOM else 0
+        hit = replace(hit, receipt=replace(hit.receipt, by_tier=by_tier), more=more)
+        self._looked_up(hit)
+        return hit
+
+    def _looked_up(self, hit: Hit) -> None:
+        receipt = hit.receipt
+        self._decider.counters.looked_up(receipt.asked, receipt.by_tier, receipt.reason)
 
     def _blame(self, fetch: Fetch) -> None:
         """Nobody answered in time: those who are being asked, or who leave no thread to ask."""

@@ -41,13 +41,15 @@ class Tracked:
     computed: int = 0
     """Tokens whose KV is in the pages after the last step built."""
     loaded: int = 0
+    at: int = 0
+    """Where the next window of a load begins that memory cannot hold at once."""
     running: bool = False
     awaited: bool = False
     """vLLM made room for a load outside the batch and has not computed anything since."""
 
     def restart(self) -> None:
         """vLLM asks about it anew: it was preempted, and its pages are gone."""
-        self.tables, self.local, self.load = [], 0, 0
+        self.tables, self.local, self.load, self.at = [], 0, 0, 0
         self.done, self.computed, self.running, self.awaited = 0, 0, False, False
 
 
@@ -65,24 +67,37 @@ class Draft:
     def load(self, tracked: Tracked) -> bool:
         """Add the load that vLLM made room for; False if there is none, or it cannot be made."""
         hit, tracked.hit = tracked.hit, None
-        geometry, request = self.cache.geometry, tracked.request
+        request = tracked.request
         wanted, tracked.load = tracked.load, 0
-        if not wanted or not hit or not self._is_restorable(tracked.local + wanted, hit):
+        end = tracked.local + wanted
+        if not wanted or not hit or not self._is_restorable(end, hit):
+            self.cache.release(request.request_id, hit)
+            return False
+        assert hit.tokens + hit.more >= end, f"{wanted} tokens wanted of {hit.tokens}"
+        tracked.loaded, tracked.at = wanted, 0
+        self.load_window(tracked, hit)
+        return True
+
+    def load_window(self, tracked: Tracked, hit: Hit) -> bool:
+        """Add what `hit` has of a load, from where the last window ended; whether that is all."""
+        page_tokens, request = self.cache.geometry.page_tokens, tracked.request
+        begin, end = max(tracked.local, tracked.at), tracked.local + tracked.loaded
+        tracked.done = max(tracked.done, tracked.at + hit.tokens)
+        tracked.at = min(end, tracked.at + hit.tokens)
+        is_last = tracked.at == end
+        if tracked.at <= begin:  # vLLM has all of it
             self.cache.release(request.request_id, hit)
             return False
         self._loaded.append(hit)
-        first = tracked.local // geometry.page_tokens
-        stop = -(-(tracked.local + wanted) // geometry.page_tokens)
+        first, stop = begin // page_tokens, -(-tracked.at // page_tokens)
         tables = self._groups.granted(tracked.tables)
         assert all(len(table) >= stop for table in tables), "the page table ends before the hit"
-        assert hit.tokens >= tracked.local + wanted, f"{wanted} tokens wanted of {hit.tokens}"
-        moves = moves_for_groups(hit.slots, geometry, tables, first, stop)
+        moves = moves_for_groups(hit.slots, self.cache.geometry, tables, first, stop)
+        tokens, total = tracked.at - begin, request.num_tokens
         self.step.loads.append(
-            Copy(request.request_id, moves, wanted, hit.tokens, request.num_tokens)
+            Copy(request.request_id, moves, tokens, hit.tokens, total, is_last=is_last)
         )
-        tracked.loaded = wanted
-        tracked.done = max(tracked.done, hit.tokens)
-        return True
+        return is_last
 
     def store(self, tracked: Tracked, before: int, stop: int, *, tail: bool) -> None:
         """Add a store of the tokens up to `stop` that are not stored yet.

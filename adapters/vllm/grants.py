@@ -142,7 +142,7 @@ class Grants:
             number=rank,
             page_tokens=layout.page_tokens,
             page_bytes=layout.stored_bytes,
-            fingerprint=layout.fingerprint,
+            summary=layout.summary,
             slice_index=slice_of(self._vllm_config),
             pid=os.getpid(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +12,7 @@ from lmcache.core.log import init_logger
 from lmcache.core.mover import pages_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from lmcache.adapters.vllm.step import Copy, Step
     from lmcache.core.kernels.staging import Event
@@ -57,6 +58,17 @@ class _Load(NamedTuple):
     after: Event | None
 
 
+@dataclass
+class _Waiting:
+    """A request that waits for loads."""
+
+    loads: int = 0
+    """That are to be made."""
+    is_last: bool = False
+    """Whether no more will come."""
+    failed: set[int] = field(default_factory=set)
+
+
 class OutsideLoads:
     """Makes loads one after another on a thread, and says which requests have theirs."""
 
@@ -65,6 +77,7 @@ class OutsideLoads:
         """Whether a request that lacks a page can use none of what was loaded for it."""
         self._queue: SimpleQueue[_Load | None] = SimpleQueue()
         self._lock = threading.Lock()
+        self._waiting: dict[str, _Waiting] = {}
         self._received: set[str] = set()
         self._failed_pages: set[int] = set()
         self._failed_requests: set[str] = set()
@@ -77,16 +90,46 @@ class OutsideLoads:
             self._thread.start()
         after = mover.mark()
         for copy in step.loads:
+            with self._lock:
+                self._waiting.setdefault(copy.request_id, _Waiting()).loads += 1
             self._queue.put(_Load(copy, mover, progress, step.number, after))
 
-    def refuse(self, requests: list[str], pages: list[int]) -> None:
-        """These requests will not get their loads: their pages are as they were."""
+    def refuse(self, requests: Iterable[str], pages: Iterable[int]) -> None:
+        """These requests will not get their loads, or no more of them: pages are as they were."""
         with self._lock:
-            if not self.by_request:
+            names = list(requests)
+            if not names:
                 self._failed_pages.update(pages)
-            elif pages:
-                self._failed_requests.update(requests)
-            self._received.update(requests)
+            for name in names:
+                waiting = self._waiting.setdefault(name, _Waiting())
+                waiting.is_last = True
+                waiting.failed.update(pages)
+                self._hear(name, waiting)
+
+    def miss(self, copies: Iterable[Copy]) -> None:
+        """These loads will not be made; whether others of their requests follow, they say."""
+        for copy in copies:
+            self._ended(copy, pages_of(copy.moves), loads=0)
+
+    def _ended(self, copy: Copy, failed: list[int], loads: int = 1) -> None:
+        """A load has ended; its request has what it waits for if it was the last."""
+        with self._lock:
+            waiting = self._waiting.setdefault(copy.request_id, _Waiting())
+            waiting.loads -= loads
+            waiting.is_last |= copy.is_last
+            waiting.failed.update(failed)
+            self._hear(copy.request_id, waiting)
+
+    def _hear(self, request: str, waiting: _Waiting) -> None:
+        """Tell vLLM of a request as soon as nothing is copied to its pages any more."""
+        if waiting.loads or not waiting.is_last:
+            return
+        del self._waiting[request]
+        self._received.add(request)
+        if not self.by_request:
+            self._failed_pages.update(waiting.failed)
+        elif waiting.failed:
+            self._failed_requests.add(request)
 
     def take_received(self) -> set[str]:
         """The requests whose loads have ended since the last call, well or not."""
@@ -120,5 +163,5 @@ class OutsideLoads:
             except Exception:
                 logger.exception("a load failed")
             finally:
-                self.refuse([load.copy.request_id], failed)
+                self._ended(load.copy, failed)
                 load.progress.end(load.step)

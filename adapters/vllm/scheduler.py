@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache.adapters.vllm.draft import Draft, Tracked
 from lmcache.adapters.vllm.groups import Groups, joined, tables_of
 from lmcache.adapters.vllm.step import Step
+from lmcache.adapters.vllm.streams import Streams
 from lmcache.adapters.vllm.translate import (
     identity_of,
     inserts_of,
@@ -17,6 +18,7 @@ from lmcache.adapters.vllm.translate import (
 )
 from lmcache.core.chain import KeyChain
 from lmcache.core.environment import environment_flag
+from lmcache.core.fetch import Asking
 from lmcache.core.keys import root_key
 from lmcache.core.log import init_logger
 
@@ -78,6 +80,7 @@ class SchedulerSide:
         self._groups = groups or Groups()
         self._tracked: dict[str, Tracked] = {}
         self._promises: dict[str, Promise] = {}
+        self._streams = Streams()
         self._due: list[Tracked] = []
         """Those whose loads go out with the next step, though they are not in its batch."""
         self._cache: CacheClient | None = None
@@ -96,18 +99,18 @@ class SchedulerSide:
         hit = self._hit(cache, tracked)
         if hit is None:
             return None
-        tracked.local, tracked.found = local, hit.tokens
+        tracked.local, tracked.found = local, hit.tokens + hit.more
         # vLLM computes the last token again; what that one looks at must be there, too
-        is_whole = hit.tokens == request.num_tokens and not (
+        is_whole = tracked.found == request.num_tokens and not (
             self._outside and self._groups.keep_all
         )
-        need: int = max(0, hit.tokens - local - is_whole)
+        need: int = max(0, tracked.found - local - is_whole)
         if known is None:
             logger.info(
                 "Reqid: %s, Total tokens %d, LMCache hit tokens: %d, need to load: %d",
                 request.request_id,
                 request.num_tokens,
-                hit.tokens,
+                tracked.found,
                 need,
             )
         if need < self._config.min_retrieve_tokens:
@@ -152,6 +155,7 @@ class SchedulerSide:
         self._promises.pop(request.request_id, None)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked:
+            self._streams.leave(request.request_id)
             self._let_go(tracked)
         said: dict[str, Any] = {}
         if self._details:
@@ -177,9 +181,12 @@ class SchedulerSide:
         draft = Draft(cache, self._groups, events=self._config.enable_kv_events)
         kept: list[str] = []
         try:
+            self._streams.advance(draft)
             for tracked in due:
                 if self._is_current(tracked) and draft.load(tracked):
                     kept.append(tracked.request.request_id)
+                    if tracked.at < tracked.local + tracked.loaded:
+                        self._streams.begin(tracked)
             for request_id, tables, before in self._scheduled(scheduled):
                 tracked = self._tracked[request_id]
                 tracked.tables = tables
@@ -191,7 +198,8 @@ class SchedulerSide:
             draft.cancel()
             raise
         for request_id in kept:
-            del self._promises[request_id]
+            if request_id not in self._streams:
+                del self._promises[request_id]
         return self._whole(step, scheduled)
 
     def without_copies(self, scheduled: Any) -> Step:
@@ -201,6 +209,7 @@ class SchedulerSide:
     def lose_track(self) -> None:
         """A step was not built: page tables lack what it brought, and are good for nothing more."""
         self._due.clear()
+        self._streams.clear()
         for tracked in self._tracked.values():
             self._let_go(tracked)
         self._tracked.clear()
@@ -235,6 +244,7 @@ class SchedulerSide:
 
     def _own_up(self, step: Step, scheduled: Any) -> None:
         """Tell the workers what requests were promised and will not get: vLLM must not use it."""
+        step.unloaded.extend(self._streams.take_left())
         if not self._promises:
             return
         tables = {new.req_id: new.block_ids for new in scheduled.scheduled_new_reqs}
@@ -243,7 +253,7 @@ class SchedulerSide:
         tables.update({request_id: fresh for request_id, fresh in grown if fresh})
         for request_id, promise in list(self._promises.items()):
             promised = promise.tables or tables.get(request_id)
-            if promised is None:
+            if promised is None or request_id in self._streams:
                 continue
             del self._promises[request_id]
             for table in promised:
@@ -293,6 +303,7 @@ class SchedulerSide:
         cache = self._joining.current()
         if cache is not self._cache:
             self._tracked.clear()
+            self._streams.clear()
             self._cache = cache
         return cache
 
@@ -335,7 +346,9 @@ class SchedulerSide:
         if tracked.hit and cache.keeps(tracked.hit):
             return tracked.hit
         request = tracked.request
-        hit = cache.lookup(request.request_id, tracked.chain, request.num_tokens)
+        in_windows = self._outside and self._groups.keep_all
+        asking = Asking(0, in_windows=in_windows, priority=request.priority)
+        hit = cache.lookup(request.request_id, tracked.chain, request.num_tokens, asking)
         tracked.hit = hit or tracked.hit
         return hit
 

@@ -39,6 +39,8 @@ class Copy:
     """Tokens they are part of: the hit for a load, what could be stored for a store."""
     total: int
     """Tokens of the request."""
+    is_last: bool = True
+    """Whether the request waits for no further load."""
     events: list[StoredEvent] = field(default_factory=list)
     """What to tell vLLM's event stream once the copy is made."""
 
@@ -59,7 +61,8 @@ class Step(KVConnectorMetadata):
     lost: list[int] = field(default_factory=list)
     """Pages that vLLM expects to be loaded and that will not be."""
     unloaded: list[str] = field(default_factory=list)
-    """Requests that vLLM keeps waiting for a load outside the batch that will not be made."""
+    """Requests that vLLM keeps waiting for a load outside the batch that will not be made, or
+    not to its end."""
 
     def all_loads(self) -> list[Move]:
         """The moves of all loads."""

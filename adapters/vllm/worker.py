@@ -130,8 +130,11 @@ class WorkerSide:
         """An error left the loads of a step in an unknown state: report all their pages."""
         self._loads.leave()
         self._lose(step.lost, step.unloaded)
-        self._lose(pages_of(step.all_loads()), [copy.request_id for copy in step.loads])
-        if self._outside and self._now and step.number:
+        if not self._outside:
+            self._lose(pages_of(step.all_loads()))
+            return
+        self._outside.miss(step.loads)
+        if self._now and step.number:
             for _ in step.loads:
                 self._now.progress.end(step.number)
 

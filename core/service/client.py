@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from lmcache.core.client import CacheClient
 from lmcache.core.decider import Hit
 from lmcache.core.errors import ConfigError, ServiceError
+from lmcache.core.fetch import PLAIN, Asking
 from lmcache.core.geometry import Geometry
 from lmcache.core.leases import Lease
 from lmcache.core.receipts import Reason, Receipt
@@ -96,12 +97,13 @@ class ServiceClient(CacheClient):
         link.orphan = client._give_back
         return client
 
-    def lookup(self, owner: str, chain: KeyChain, stop: int) -> Hit | None:
+    def lookup(self, owner: str, chain: KeyChain, stop: int, asking: Asking = PLAIN) -> Hit | None:
         """At once if the server answers at once; otherwise later."""
+        length = stop - asking.start
         try:
-            asked = self._lookups.get(owner) or self._ask(owner, chain, stop)
+            asked = self._lookups.get(owner) or self._ask(owner, chain, stop, asking)
         except ServiceError:
-            return _miss(stop, Reason.DEGRADED)
+            return _miss(length, Reason.DEGRADED)
         answer = self._link.poll(asked.number, self._patience_s)
         if isinstance(answer, wire.Fetching):
             asked.deadline = time.monotonic() + self.about.fetch_timeout_s + self._deadline_s
@@ -112,14 +114,14 @@ class ServiceClient(CacheClient):
                 return self._hit(owner, answer)
             except ServiceError:  # a server that speaks in riddles
                 self._link.is_lost = True
-                return _miss(stop, Reason.DEGRADED)
+                return _miss(length, Reason.DEGRADED)
         is_late = time.monotonic() >= asked.deadline
         if answer is None and not is_late and not self._link.is_lost:
             return None
         if is_late:
             self._link.late()
         self._end_lookup(owner)
-        return _miss(stop, Reason.TIMED_OUT if is_late else Reason.DEGRADED)
+        return _miss(length, Reason.TIMED_OUT if is_late else Reason.DEGRADED)
 
     def keeps(self, hit: Hit, *, promised: bool = False) -> bool:
         """By the lease's deadline, which the server is told of if it counts no more."""
@@ -187,9 +189,9 @@ class ServiceClient(CacheClient):
 
     # ----
 
-    def _ask(self, owner: str, chain: KeyChain, stop: int) -> _Lookup:
+    def _ask(self, owner: str, chain: KeyChain, stop: int, asking: Asking) -> _Lookup:
         # a guess would be read from slower tiers, and what is right would have to wait for that
-        number = self._begin_lookup(owner, chain, stop, guess=not self.about.has_tiers)
+        number = self._begin(owner, chain, stop, asking, guess=not self.about.has_tiers)
         os.sched_yield()  # or the thread that sends it may have to wait for what we do next
         is_so = False
         try:
@@ -198,14 +200,15 @@ class ServiceClient(CacheClient):
             if not is_so:  # the lease that it brings is given back
                 self._link.end(number)
         if not is_so:
-            number = self._begin_lookup(owner, chain, stop, guess=False)
+            number = self._begin(owner, chain, stop, asking, guess=False)
         asked = self._lookups[owner] = _Lookup(number, time.monotonic() + self._deadline_s)
         return asked
 
-    def _begin_lookup(self, owner: str, chain: KeyChain, stop: int, *, guess: bool) -> int:
+    def _begin(self, owner: str, chain: KeyChain, stop: int, asking: Asking, *, guess: bool) -> int:
         sequence, more = self._told_of(chain, stop, guess=guess)
         self._owners.add(owner)
-        return self._link.begin(wire.Lookup(owner=owner, sequence=sequence, more=more, stop=stop))
+        call = wire.Lookup(owner=owner, sequence=sequence, more=more, stop=stop, **asking._asdict())
+        return self._link.begin(call)
 
     def _end_lookup(self, owner: str) -> None:
         asked = self._lookups.pop(owner, None)
@@ -217,7 +220,7 @@ class ServiceClient(CacheClient):
         if found.lease is not None:
             deadline = time.monotonic() + self.about.lease_s - LEASE_MARGIN_S
             lease = Lease(owner, [], deadline, number=found.lease)
-        return Hit(found.slots, lease, wire.receipt_of(found))
+        return Hit(found.slots, lease, wire.receipt_of(found), found.more)
 
     def _told_of(
         self, chain: KeyChain, stop: int, *, guess: bool = False

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lmcache.core.chain import KeyChain
 from lmcache.core.errors import ServiceError
+from lmcache.core.fetch import Asking
 from lmcache.core.keys import ChunkKey, Insert
 from lmcache.core.log import init_logger
 from lmcache.core.service import wire
@@ -43,6 +44,7 @@ class Waiting:
     number: int
     chain: KeyChain
     stop: int
+    asking: Asking
 
 
 @dataclass
@@ -105,7 +107,9 @@ class Session:
     def late(self) -> Iterator[tuple[int, wire.Found]]:
         """The lookups that have been waiting and need not wait any longer."""
         for owner, waiting in list(self.waiting.items()):
-            hit = self.attachment.lookup(self.label(owner), waiting.chain, waiting.stop)
+            hit = self.attachment.lookup(
+                self.label(owner), waiting.chain, waiting.stop, waiting.asking
+            )
             if hit is not None:
                 del self.waiting[owner]
                 brought = {t: n for t, n in hit.receipt.by_tier.items() if n and t != "l1"}
@@ -129,12 +133,15 @@ class Session:
 
     def _lookup(self, number: int, call: wire.Lookup) -> wire.Reply:
         chain = self._sequence(call.sequence, call.more, call.stop)
-        stop = self._answerable(0, call.stop)
+        if call.start % chain.chunk_tokens or call.start > call.stop:
+            raise ServiceError(f"a lookup of tokens {call.start} to {call.stop}")
+        stop = self._answerable(call.start, call.stop)
+        asking = Asking(call.start, call.in_windows, call.priority)
         self._check_lookups()
         self.owners.add(call.owner)
-        hit = self.attachment.lookup(self.label(call.owner), chain, stop)
+        hit = self.attachment.lookup(self.label(call.owner), chain, stop, asking)
         if hit is None:
-            self.waiting[call.owner] = Waiting(number, chain, stop)
+            self.waiting[call.owner] = Waiting(number, chain, stop, asking)
             return wire.Fetching()
         return self._found(hit)
 
@@ -146,10 +153,9 @@ class Session:
             raise UnknownError(f"more than {MAX_LOOKUPS} lookups")
 
     def _found(self, hit: Hit) -> wire.Found:
-        if hit.lease is None:
-            return wire.found(hit.receipt, hit.slots, None)
-        self.hits[hit.lease.number] = hit
-        return wire.found(hit.receipt, hit.slots, hit.lease.number)
+        if hit.lease is not None:
+            self.hits[hit.lease.number] = hit
+        return wire.found(hit)
 
     def _reserve(self, call: wire.Reserve) -> wire.Reply:
         chain = self._sequence(call.sequence, call.more, call.stop)

@@ -6,7 +6,7 @@ Every field has a bound: a peer can be wrong, but it cannot make us allocate wha
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -15,6 +15,9 @@ from lmcache.core.errors import ServiceError
 from lmcache.core.index import Slot
 from lmcache.core.objects import MAX_SLICES
 from lmcache.core.receipts import Reason, Receipt
+
+if TYPE_CHECKING:
+    from lmcache.core.decider import Hit
 
 PROTOCOL = 1
 MAX_MESSAGE = 32 << 20
@@ -102,12 +105,18 @@ class Detach(msgspec.Struct, frozen=True, tag=True):
 
 
 class Lookup(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Lease the longest prefix of the first `stop` tokens of a sequence."""
+    """Lease the longest stored stretch of tokens `start` .. `stop` of a sequence."""
 
     owner: Name
     sequence: Word
     more: More | None = None
+    start: Position = 0
+    """The first token of a chunk."""
     stop: Position
+    in_windows: bool = False
+    """Whether the owner loads what there is, and asks again for more."""
+    priority: Annotated[int, Meta(ge=-(1 << 31), le=(1 << 31) - 1)] = 0
+    """Among those who wait for slower tiers; lower is more urgent."""
 
 
 class Promise(msgspec.Struct, frozen=True, tag=True):
@@ -191,6 +200,8 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     asked: Word
     reason: Name
     by_tier: Annotated[dict[Name, Word], Meta(max_length=1024)]
+    more: Word = 0
+    """Tokens beyond these that a slower tier has and the slab has no room for."""
     size: Word
     milliseconds: Duration
 
@@ -305,15 +316,17 @@ def foreign_protocol(data: bytes | memoryview) -> tuple[int, int] | None:
     return None if call.body.protocol == PROTOCOL else (call.number, call.body.protocol)
 
 
-def found(receipt: Receipt, slots: list[Slot], lease: int | None) -> Found:
+def found(hit: Hit) -> Found:
     """A lookup's result, as it travels."""
+    receipt = hit.receipt
     return Found(
-        slots=slots,
-        lease=lease,
+        slots=hit.slots,
+        lease=hit.lease.number if hit.lease else None,
         tokens=receipt.tokens,
         asked=receipt.asked,
         reason=receipt.reason.name,
         by_tier=receipt.by_tier,
+        more=hit.more,
         size=receipt.bytes,
         milliseconds=receipt.milliseconds,
     )

@@ -54,7 +54,7 @@ class BenchEngine:
             number=0,
             page_tokens=pages.block_size,
             page_bytes=pages.layout.stored_bytes,
-            fingerprint=pages.layout.fingerprint,
+            summary=pages.layout.summary,
             slice_index=0,
             pid=os.getpid(),
         )

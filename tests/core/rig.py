@@ -42,7 +42,7 @@ REGIONS = 2
 WIDTH = 24
 """Bytes of one token in one region."""
 PAGE_BYTES = REGIONS * PAGE_TOKENS * WIDTH
-SLOT = 4096
+SLOT = 8192
 """What a slot of any number of these pages takes."""
 POISON = 0xA5
 NAMESPACE = Namespace(model="rig", dtype="uint8", layout="rig")
@@ -177,7 +177,7 @@ def hello(number=0, *, slice_index=None, pages=None, **changes):
         "number": number,
         "page_tokens": pages.layout.page_tokens,
         "page_bytes": pages.layout.page_bytes,
-        "fingerprint": pages.layout.fingerprint,
+        "summary": pages.layout.summary,
         "slice_index": number if slice_index is None else slice_index,
         "pid": 1,
     }
@@ -303,8 +303,8 @@ class Workshop:
         self.later(mover.close)
         return mover
 
-    def tiers(self, made_decider, *backends, **options):
-        named = [Tier(f"t{index}", backend) for index, backend in enumerate(backends)]
+    def tiers(self, made_decider, *backends, depth=4, **options):
+        named = [Tier(f"t{index}", backend, depth) for index, backend in enumerate(backends)]
         made = Tiers(made_decider, named, **options)
         self.later(made.close)
         return made

@@ -17,6 +17,7 @@ from lmcache.core.errors import BackendError, ConfigError, HandoverError, Plugin
 from lmcache.core.geometry import Geometry, combined_layout
 from lmcache.core.handover import Door, address_of
 from lmcache.core.joining import Joining
+from lmcache.core.layout import fingerprint_of
 from lmcache.core.receipts import Reason
 from lmcache.core.slab import MAX_MOVERS
 from lmcache.core.tier import Tier
@@ -113,8 +114,10 @@ class TestGeometry:
         assert geometry_of([rig.hello()], chunk_size).pages_per_chunk == pages
 
     def test_the_layout_is_that_of_all_slices_in_order(self):
-        hellos = [replace_hello(rig.hello(n), fingerprint=f"f{n}") for n in range(3)]
-        assert geometry_of(hellos, CHUNK).layout == combined_layout(["f0", "f1", "f2"])
+        hellos = [replace_hello(rig.hello(n), summary=f"f{n}") for n in range(3)]
+        assert geometry_of(hellos, CHUNK).layout == combined_layout(
+            [fingerprint_of(f"f{n}") for n in range(3)]
+        )
         assert combined_layout(["f0", "f1"]) != combined_layout(["f1", "f0"])
         assert combined_layout(["f0"]) != combined_layout(["f0", "f0"])
 
@@ -124,7 +127,7 @@ class TestGeometry:
             ([rig.hello(0), rig.hello(1, page_tokens=8)], "pages of [4, 8] tokens"),
             ([rig.hello(0, page_tokens=0)], "pages of [0] tokens"),
             (
-                [rig.hello(0), rig.hello(1, slice_index=0, fingerprint="other")],
+                [rig.hello(0), rig.hello(1, slice_index=0, summary="other")],
                 "movers 0 and 1 hold one slice in two layouts",
             ),
             (
@@ -164,8 +167,8 @@ class TestGeometry:
     def test_the_payload_of_a_slice_begins_where_the_one_before_ends(self):
         made = Geometry(4, 4, (10, 20, 30), bytes(32))
         starts = [made.payload_offset(index, 3) for index in range(3)]
-        assert starts == [640, 640 + 30, 640 + 90]
-        assert made.slot_bytes(3) == 640 + 180
+        assert starts == [4096, 4096 + 30, 4096 + 90]
+        assert made.slot_bytes(3) == 4096 + 180
         assert [made.tag_offset(index) for index in range(3)] == [128, 136, 144]
 
 

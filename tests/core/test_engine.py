@@ -589,7 +589,7 @@ class TestClosing:
 
     def test_what_is_queued_is_written(self, workshop):
         backend = Kept(MemoryBackend())
-        engine = workshop.engine(8, backend)
+        engine = workshop.engine(16, backend)
         store(engine, rig.tokens(8 * CHUNK), shuffled(32))
         engine.close()
         again = workshop.engine(8, backend)

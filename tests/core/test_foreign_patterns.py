@@ -226,7 +226,8 @@ class Hammer:
         for owner in list(self.waiting):
             self.abort(owner)
         self.tiers.flush()
-        rig.wait_until(lambda: not self.tiers._reads.pool and not self.tiers._writes.pool)
+        tier = self.tiers._tiers[0]
+        rig.wait_until(lambda: not self.tiers._reads.pool and not tier.writes)
 
     def payload(self, key):
         """What an object of this key must hold: slice by slice, region by region, page by page."""

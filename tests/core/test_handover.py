@@ -456,7 +456,7 @@ class TestGarbageFromAMover:
 
     def test_a_valid_message_may_be_too_long(self, fake):
         with pytest.raises(HandoverError, match=f"bytes is over {MAX_MESSAGE}"):
-            Visit(fake(frame(rig.hello(fingerprint="f" * MAX_MESSAGE))).address, 1.0)
+            Visit(fake(frame(rig.hello(summary="f" * MAX_MESSAGE))).address, 1.0)
 
     def test_another_protocol_is_refused_by_number(self, fake):
         with pytest.raises(HandoverError, match=f"protocol {PROTOCOL + 1}, we speak {PROTOCOL}"):

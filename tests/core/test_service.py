@@ -19,6 +19,7 @@ from lmcache.backends.memory import MemoryBackend
 from lmcache.backends.redis import RedisBackend
 from lmcache.core.engine import moves_for
 from lmcache.core.errors import ConfigError, ServiceError
+from lmcache.core.fetch import PLAIN
 from lmcache.core.keys import Insert
 from lmcache.core.receipts import Reason
 from lmcache.core.service import memo as memo_module
@@ -373,7 +374,7 @@ class TestSharing:
 
     def test_a_slower_tier_is_read_while_the_engine_goes_on(self, start, join):
         backend = MemoryBackend()
-        house = start(backend, slots=2)
+        house = start(backend, slots=4)
         engine = join(house)
         sequence = rig.tokens(2 * CHUNK)
         engine.compute(sequence, range(8))
@@ -461,7 +462,7 @@ class TestLeases:
         engine.compute(sequence, range(4))
         engine.store(sequence, range(4))
         chain, link = engine.chain(sequence), engine.client._link
-        engine.client._ask("hung up", chain, CHUNK)
+        engine.client._ask("hung up", chain, CHUNK, PLAIN)
         if heard:
             number = engine.client._lookups["hung up"].number
             rig.wait_until(lambda: link.look() and link._asked[number])

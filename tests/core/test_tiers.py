@@ -178,7 +178,8 @@ class TestWriting:
         new_cache(backend).store(rig.tokens(CHUNK + 2 * PAGE))
         chain = rig.chain(rig.tokens(CHUNK + 2 * PAGE))
         for key, pages in ((chain.key(0), PAGES), (chain.tail(1, 2), 2)):
-            about = Description(key, GEOMETRY.layout, pages, pages * rig.PAGE_BYTES)
+            size = pages * rig.PAGE_BYTES
+            about = Description(key, chain.root, GEOMETRY.layout, pages, size)
             assert is_intact(memoryview(backend.held()[key]), about)
 
     def test_what_was_read_is_not_written_again(self, new_cache, stored):
@@ -187,17 +188,18 @@ class TestWriting:
         assert "put" not in backend.calls
 
     def test_a_chunk_stays_while_it_is_written(self, new_cache, backend):
-        cache = new_cache(backend, slots=2)
+        cache = new_cache(backend, slots=4)
         backend.gate.clear()
         cache.store(rig.tokens(2 * CHUNK), flush=False)
-        assert cache.store(rig.tokens(CHUNK, 1), flush=False) is Reason.NO_ROOM
+        assert cache.store(rig.tokens(3 * CHUNK, 1), flush=False) is Reason.NO_ROOM
+        assert cache.lookup(rig.tokens(2 * CHUNK)).tokens == 2 * CHUNK
         backend.gate.set()
         cache.tiers.flush()
-        assert cache.store(rig.tokens(CHUNK, 1)) is Reason.NONE
+        assert cache.store(rig.tokens(4 * CHUNK, 2)) is Reason.NONE
         cache.assert_idle()
 
     def test_the_queue_is_bounded(self, new_cache, backend):
-        cache = new_cache(backend, queue=3, threads=1)
+        cache = new_cache(backend, queue=3, depth=1)
         backend.gate.clear()
         cache.store(rig.tokens(8 * CHUNK), flush=False)
         assert cache.counters["tier_dropped"] == 5
@@ -207,7 +209,7 @@ class TestWriting:
         backend.gate.set()
         cache.tiers.flush()
         assert len(backend.held()) == 3
-        rig.wait_until(lambda: not cache.tiers._writes.pool)
+        rig.wait_until(lambda: not cache.tiers._writes._tiers[0].writes)
         cache.store(rig.tokens(3 * CHUNK, 1))
         assert len(backend.held()) == 6, "and then there is room in it again"
         cache.assert_idle()
@@ -263,7 +265,7 @@ class TestNotKeeping:
         assert len(cache.decider) == 0
 
     def test_a_chunk_for_which_the_queue_has_no_room_is_gone_at_once(self, new_cache, backend):
-        cache = new_cache(backend, keep=False, queue=1, threads=1)
+        cache = new_cache(backend, keep=False, queue=1, depth=1)
         backend.gate.clear()
         cache.store(rig.tokens(3 * CHUNK), flush=False)
         assert len(cache.decider) == 1
@@ -736,7 +738,7 @@ class TestSleeping:
         """The other tier is well, but there is no thread left to ask it."""
         monkeypatch.setattr(tier_module, "REST_S", 60.0)
         stuck, healthy = Backend(), Backend()
-        cache = new_cache(stuck, healthy, threads=1, fetch_timeout_s=0.05)
+        cache = new_cache(stuck, healthy, fetches=1, fetch_timeout_s=0.05)
         stuck.gate.clear()
         for seed in range(4):
             cache.lookup(rig.tokens(CHUNK, seed))
@@ -753,7 +755,7 @@ class TestSleeping:
 
     def test_reads_do_not_wait_behind_writes(self, new_cache, stored):
         backend = stored(rig.tokens(CHUNK))
-        cache = new_cache(backend, fetch_timeout_s=5.0, threads=1)
+        cache = new_cache(backend, fetch_timeout_s=5.0, depth=1)
         backend.only, backend.gate = ("put",), threading.Event()
         cache.store(rig.tokens(4 * CHUNK, 1), flush=False)
         assert cache.lookup(rig.tokens(CHUNK)).tokens == CHUNK
@@ -789,7 +791,7 @@ class TestReasons:
 class TestClosing:
     def test_what_is_queued_is_written_first(self, new_cache):
         backend = Backend()
-        cache = new_cache(Slow(backend, 0.01), threads=1)
+        cache = new_cache(Slow(backend, 0.01), depth=1, slots=16)
         cache.store(rig.tokens(8 * CHUNK), flush=False)
         cache.tiers.close()
         assert len(backend.held()) == 8
@@ -797,7 +799,7 @@ class TestClosing:
         cache.assert_idle()
 
     def test_a_backend_that_hangs_does_not_keep_the_engine_from_closing(self, new_cache, backend):
-        cache = new_cache(backend, threads=1)
+        cache = new_cache(backend, depth=1)
         backend.gate.clear()
         cache.store(rig.tokens(8 * CHUNK), flush=False)
         cache.ask(rig.tokens(CHUNK, 1))
@@ -806,7 +808,7 @@ class TestClosing:
         assert time.monotonic() - began < 3
         assert backend.closed == 1
         backend.gate.set()
-        rig.wait_until(lambda: not cache.tiers._writes.pool)
+        rig.wait_until(lambda: not cache.tiers._writes._tiers[0].writes)
         cache.assert_idle()
 
     def test_the_end_of_the_process_finishes_the_writes(self, tmp_path):
@@ -821,7 +823,7 @@ from lmcache.testing.faults import Slow
 
 decider, geometry = rig.decider(8), rig.geometry()
 backend = PluginManager().open_backend("file://{tmp_path}?max_size=100MB")
-tiers = Tiers(decider, [Tier("file", Slow(backend, 0.05))], threads=1)
+tiers = Tiers(decider, [Tier("file", Slow(backend, 0.05), 1)])
 chain = rig.chain(rig.tokens(5 * rig.CHUNK_TOKENS))
 slots, _ = decider.reserve(chain, geometry, 0, 5 * rig.CHUNK_TOKENS, tail=True)
 for slot in slots:
@@ -833,7 +835,7 @@ for slot in slots:
             assert backend.count_leading(keys) == 5
 
     def test_who_waits_is_told(self, new_cache, backend):
-        cache = new_cache(backend, fetch_timeout_s=30.0, threads=1)
+        cache = new_cache(backend, fetch_timeout_s=30.0, depth=1)
         backend.gate.clear()
         for owner in ("running", "queued"):
             assert cache.ask(rig.tokens(CHUNK), owner) is None
@@ -887,7 +889,8 @@ for slot in slots:
         cache.store(rig.tokens(4 * CHUNK))
         cache.lookup(rig.tokens(CHUNK, 1))
         cache.tiers.close()
-        assert not [t for t in threading.enumerate() if t.name.startswith("lmcache-tier")]
+        ours = ("lmcache-tier", "lmcache-read", "lmcache-write")
+        assert not [t for t in threading.enumerate() if t.name.startswith(ours)]
 
 
 def test_no_tiers_at_all(new_cache):

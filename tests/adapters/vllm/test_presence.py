@@ -21,7 +21,7 @@ import sys, time
 from lmcache.core.handover import Door, Hello, address_of
 from lmcache.core.slab import MOVER_BYTES, Slab
 
-engine_id, number, page_tokens, page_bytes, fingerprint, slice_index = sys.argv[1:]
+engine_id, number, page_tokens, page_bytes, summary, slice_index = sys.argv[1:]
 slabs = []
 
 def granted(grant, fds):
@@ -32,7 +32,7 @@ def granted(grant, fds):
 
 hello = Hello(
     number=int(number), page_tokens=int(page_tokens), page_bytes=int(page_bytes),
-    fingerprint=fingerprint, slice_index=int(slice_index), pid=0,
+    summary=summary, slice_index=int(slice_index), pid=0,
 )
 Door(address_of(engine_id, int(number)), hello, granted, lambda: None)
 print("listening", flush=True)
@@ -52,7 +52,7 @@ def start_worker():
             1,
             layout.page_tokens,
             layout.page_bytes,
-            layout.fingerprint,
+            layout.summary,
             0,
         ]
         worker = subprocess.Popen(
