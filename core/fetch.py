@@ -61,6 +61,11 @@ class Want:
         """The key of the first `pages` pages of object number `step`. Safe on any thread."""
         return self.chain.part(self.first_chunk + step, pages)
 
+    def end(self, steps: int) -> int:
+        """The token that the first so many objects end before."""
+        chunk = self.first_chunk + steps - 1
+        return chunk * self.chain.chunk_tokens + self.pages[steps - 1] * self.chain.page_tokens
+
     def shorter(self, step: int) -> range:
         """How many pages of object number `step` would do if it is nowhere, longest first."""
         return range(self.pages[step] - 1, self.held if step == 0 else 0, -1)
@@ -78,14 +83,16 @@ class Fetch:
     """Lower is more urgent."""
     window: int | None = None
     """Bytes that may be brought, where the owner takes what there is and asks again for more."""
+    is_promised: bool = False
+    """Whether the engine counts on at least some of it."""
     room_until: float = 0.0
-    """When to stop waiting for others to give up room."""
+    """When to stop waiting for others to give up room; soon, if they may wait for the owner."""
     held: int = 0
     """Bytes of what was found in the slab and fetched."""
     fetched: int = 0
     """Bytes of the latter."""
-    more: int = 0
-    """Tokens that a tier has beyond those, for which there was no room."""
+    reach: int = 0
+    """Up to which token the tier that was being read has all."""
     leases: list[Lease] = field(default_factory=list)
     """Keep what was found in the slab, and what was fetched since, until the next lookup."""
     done: threading.Event = field(default_factory=threading.Event)
@@ -102,8 +109,13 @@ class Fetch:
 
     def may_wait(self, size: int, capacity: int) -> bool:
         """Whether so many bytes more may get room by waiting: not if we ourselves hold it all."""
-        is_stuck = self.held > 0 if self.window else self.held + size > capacity
+        windowed = self.window is not None or self.is_promised
+        is_stuck = self.held > 0 if windowed else self.held + size > capacity
         return not is_stuck and time.monotonic() < self.room_until
+
+    def may_wait_for_writer(self) -> bool:
+        """Whether to wait until an engine has stored what is wanted: computing it is as good."""
+        return self.is_promised and not self.held and time.monotonic() < self.room_until
 
     def take_brought(self, hit: Hit) -> dict[str, int]:
         """Of the tokens of `hit`, how many come from which tier; what was fetched counts once."""

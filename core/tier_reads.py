@@ -54,6 +54,10 @@ class TierReads:
             return False
         return True
 
+    def is_coming(self, key: ChunkKey) -> bool:
+        """Whether an object is being read."""
+        return key in self._coming
+
     def _run(self, fetch: Fetch) -> None:
         fetch.started = True
         try:
@@ -68,13 +72,11 @@ class TierReads:
             best, count = self._longest(want.keys[step:], but=best)
             if best is None:
                 return self._read_tail(fetch, step)
-            done, reason = self._bring_all(best, fetch, range(step, step + count))
-            if reason is not Reason.NONE:
-                if reason is Reason.NO_ROOM:
-                    lacking = sum(want.pages[step + done : step + count])
-                    fetch.more = lacking * fetch.geometry.page_tokens
-                return reason
+            reason = self._bring_all(best, fetch, range(step, step + count))
             step += count
+            if reason is not Reason.NONE:
+                fetch.reach = want.end(step)
+                return reason
         return Reason.NONE
 
     def _longest(self, keys: list[ChunkKey], but: Tier | None) -> tuple[Tier | None, int]:
@@ -98,14 +100,13 @@ class TierReads:
                     return reason if brought is Reason.NONE else brought
         return reason
 
-    def _bring_all(self, tier: Tier, fetch: Fetch, steps: Iterable[int]) -> tuple[int, Reason]:
-        """Read these objects, several at a time: how many, and why no more."""
+    def _bring_all(self, tier: Tier, fetch: Fetch, steps: Iterable[int]) -> Reason:
+        """Read these objects, several at a time, up to the first that cannot be had; why not."""
         coming: deque[_Read] = deque()
-        done, reason, stopped = 0, Reason.NONE, Reason.NONE
+        reason, stopped = Reason.NONE, Reason.NONE
         for step in steps:
             if len(coming) == tier.depth:
                 reason = coming.popleft().result()
-                done += reason is Reason.NONE
             if reason is not Reason.NONE:
                 break
             read = self._bring(tier, fetch, step, fetch.want.pages[step])
@@ -115,9 +116,8 @@ class TierReads:
             coming.append(read)
         for read in coming:  # each of them, whatever became of those before
             reason = read.result() if reason is Reason.NONE else reason
-            done += reason is Reason.NONE
         wait(coming)
-        return done, stopped if reason is Reason.NONE else reason
+        return stopped if reason is Reason.NONE else reason
 
     def _bring(self, tier: Tier, fetch: Fetch, step: int, pages: int) -> _Read:
         """Begin to read object number `step`, cut to `pages` pages."""
@@ -151,7 +151,8 @@ class TierReads:
                 fetch.held += size
                 return Reason.NONE, None
             if decider.why_absent(key) is Reason.BEING_WRITTEN:
-                return None if key in self._coming else Reason.BEING_WRITTEN, None
+                is_worth = key in self._coming or fetch.may_wait_for_writer()
+                return None if is_worth else Reason.BEING_WRITTEN, None
             if not fetch.has_window_for(size):
                 return Reason.NO_ROOM, None
             slot = decider.place(key, geometry, pages, want.first_chunk + step, want.chain.root)

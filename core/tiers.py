@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lmcache.core.geometry import Geometry
     from lmcache.core.tier import Tier
 
+_LACKING = (Reason.NEVER_STORED, Reason.EVICTED, Reason.BEING_WRITTEN)
 CLOSE_S = 10.0
 """How long `close` waits for a backend."""
 
@@ -66,15 +67,16 @@ class Tiers:
         if fetch is not None:
             return self._collect(fetch, chain, geometry, asking.start, stop)
         hit = self._decider.lookup(owner, chain, geometry, stop, asking.start)
-        if self._tiers and hit.receipt.reason in (Reason.NEVER_STORED, Reason.EVICTED):
+        if self._tiers and hit.receipt.reason in _LACKING:
             try:
                 want = Want.beyond(hit, chain, asking.start, stop)
             except BaseException:
                 self._decider.release(hit.lease)
                 raise
-            if self._fetch(owner, hit, want, geometry, asking):
-                return None
-            hit = _because(hit, Reason.TIER_FAILED)
+            if hit.receipt.reason is not Reason.BEING_WRITTEN or self._is_worth(want, asking):
+                if self._fetch(owner, hit, want, geometry, asking):
+                    return None
+                hit = _because(hit, Reason.TIER_FAILED)
         self._looked_up(hit)
         return hit
 
@@ -140,7 +142,8 @@ class Tiers:
             deadline,
             priority=asking.priority,
             window=self._window(want, geometry) if asking.in_windows else None,
-            room_until=deadline - self._timeout_s / 4,
+            is_promised=asking.start > 0,
+            room_until=deadline - self._timeout_s * (0.98 if asking.start else 0.25),
             held=sum(slot.size for slot in hit.slots),
             reason=hit.receipt.reason,
         )
@@ -150,6 +153,10 @@ class Tiers:
             return True
         del self._fetches[owner]
         return False
+
+    def _is_worth(self, want: Want, asking: Asking) -> bool:
+        """Whether to wait for what is being written: by a fetch, or with a load under way."""
+        return asking.start > 0 or self._reads.is_coming(want.keys[0])
 
     def _window(self, want: Want, geometry: Geometry) -> int | None:
         """What to bring at once of more than half the slab holds: one part while another leaves."""
@@ -171,7 +178,9 @@ class Tiers:
         fetch.abandon(self._decider)
         if hit.receipt.reason not in (Reason.NONE, Reason.TIMED_OUT):
             hit = _because(hit, reason)
-        more = fetch.more if hit.tokens and fetch.window and reason is Reason.NO_ROOM else 0
+        more = 0
+        if hit.tokens and fetch.window and reason is Reason.NO_ROOM:
+            more = max(0, fetch.reach - start - hit.tokens)
         hit = replace(hit, receipt=replace(hit.receipt, by_tier=by_tier), more=more)
         self._looked_up(hit)
         return hit

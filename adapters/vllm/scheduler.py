@@ -96,6 +96,8 @@ class SchedulerSide:
         if not tracked.may_load or tracked.awaited:
             return 0  # a load that failed is not tried again: the request would wait for ever
         known = tracked.hit
+        if known is None and self._streams.starve:
+            return None
         hit = self._hit(cache, tracked)
         if hit is None:
             return None
@@ -123,7 +125,7 @@ class SchedulerSide:
         cache = self._attached()
         if cache is not None:
             tracked = self._track(cache, request)
-            if tracked.may_load:
+            if tracked.may_load and not self._streams.starve:
                 self._hit(cache, tracked)
 
     def allocated(self, request: Any, external: int, tables: Tables | None = None) -> None:
@@ -179,14 +181,8 @@ class SchedulerSide:
         if cache is None:
             return self.without_copies(scheduled)
         draft = Draft(cache, self._groups, events=self._config.enable_kv_events)
-        kept: list[str] = []
         try:
-            self._streams.advance(draft)
-            for tracked in due:
-                if self._is_current(tracked) and draft.load(tracked):
-                    kept.append(tracked.request.request_id)
-                    if tracked.at < tracked.local + tracked.loaded:
-                        self._streams.begin(tracked)
+            kept = self._load_outside(draft, due)
             for request_id, tables, before in self._scheduled(scheduled):
                 tracked = self._tracked[request_id]
                 tracked.tables = tables
@@ -198,9 +194,27 @@ class SchedulerSide:
             draft.cancel()
             raise
         for request_id in kept:
-            if request_id not in self._streams:
-                del self._promises[request_id]
+            del self._promises[request_id]
+        for request_id, at in self._streams.reached():
+            first = at // cache.geometry.page_tokens
+            self._promises[request_id] = replace(self._promises[request_id], first=first)
         return self._whole(step, scheduled)
+
+    def _load_outside(self, draft: Draft, due: list[Tracked]) -> list[str]:
+        """Add the loads that requests wait for outside the batch; those who then get all of it."""
+        kept = self._streams.advance(draft)
+        if self._streams.starve:  # they would wait for pages of those who wait for room
+            for tracked in self._tracked.values():
+                if not tracked.awaited and not tracked.running:
+                    self._let_go(tracked)
+        for tracked in due:
+            if not self._is_current(tracked) or not draft.load(tracked):
+                continue
+            if tracked.at < tracked.local + tracked.loaded:
+                self._streams.begin(tracked)
+            else:
+                kept.append(tracked.request.request_id)
+        return kept
 
     def without_copies(self, scheduled: Any) -> Step:
         """A step that copies nothing, and says what vLLM must not count on."""

@@ -21,6 +21,7 @@ import pytest
 from lmcache.core.decider import Decider
 from lmcache.core.eviction.lru import LRUPolicy
 from lmcache.core.slab import CONTROL_BYTES, Slab
+from lmcache.core.tier import Tier
 from lmcache.core.tiers import Tiers
 
 HERE = Path(__file__).resolve().parent
@@ -87,14 +88,15 @@ def on_gpu(
 
 @pytest.fixture
 def make_house() -> Iterator[Callable[..., Any]]:
-    """Makes a server with room for so many bytes of slots; all end with the test."""
+    """Makes a server with room for so many bytes of slots, and tiers; all end with the test."""
     house = load("house", HERE.parents[1] / "core")
     made = []
 
-    def make(room_bytes: int = 4 << 20, **terms: Any) -> Any:
+    def make(room_bytes: int = 4 << 20, *backends: Any, **terms: Any) -> Any:
         slab = Slab.create(CONTROL_BYTES + room_bytes)
         decider = Decider(slab, LRUPolicy())
-        tiers = Tiers(decider, [])
+        named = [Tier(f"t{index}", backend) for index, backend in enumerate(backends)]
+        tiers = Tiers(decider, named, fetch_timeout_s=terms.get("fetch_timeout_s", 2.0))
         made.append((house.House(decider, tiers, **{"chunk_size": 16, **terms}), tiers, slab))
         return made[-1][0]
 

@@ -11,8 +11,10 @@ from functools import partial
 
 import pytest
 
+from lmcache.backends.memory import MemoryBackend
+
 DOCUMENTS, LENGTH = 6, 200
-SLOT = 4096
+SLOT = 8192
 STEPS = 400
 TIGHT = 19 * SLOT
 """About a quarter of what the documents alone need."""
@@ -138,6 +140,14 @@ SERVED = {
     "blocking": {"extra": {"lmcache.mp.nonblocking_lookup_status": False}},
     "eager": {"extra": {"lmcache.mp.eager_prefetch": True}, "prefix_caching": True},
     "lending": {"extra": {"lmcache.mp.mp_transfer_mode": "lmcache_driven"}},
+    "streams": {"slots": 6},
+    "streams, prefix caching": {"slots": 6, "prefix_caching": True},
+    "streams, ahead": {"slots": 6, "asynchronous": True},
+    "streams, two ranks": {"slots": 6, "ranks": 2},
+    "streams, lending": {
+        "slots": 6,
+        "extra": {"lmcache.mp.mp_transfer_mode": "lmcache_driven"},
+    },
     "groups": HYBRID,
     "groups, prefix caching": {**HYBRID, "prefix_caching": True},
     "groups, decode too": {**HYBRID, "options": {"save_decode_cache": True}},
@@ -189,7 +199,10 @@ def test_broken_slots_are_never_served(make_engine, plan):
 def served(make_engine, make_house):
     def make(plan, make_engine=make_engine, **more):
         options = {"pages": 180 if "groups" in plan else 90, **SERVED[plan], **more}
-        house = make_house(TIGHT, modes=("engine_driven", "lmcache_driven"))
+        slots = options.pop("slots", None)  # for fewer tokens than a prompt has
+        tiers = [MemoryBackend(max_size=1 << 30)] if slots else []
+        room = slots * SLOT if slots else TIGHT
+        house = make_house(room, *tiers, modes=("engine_driven", "lmcache_driven"))
         engine = make_engine(house=house, **options)
         engine.wait_attached()
         return engine

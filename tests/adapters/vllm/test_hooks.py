@@ -199,7 +199,7 @@ def test_a_step_is_plain_data(warm):
             return set().union(*map(kinds, value), set())
         return kinds(list(value.values())) if isinstance(value, dict) else {type(value)}
 
-    assert kinds(dataclasses.asdict(step)) <= {int, str}
+    assert kinds(dataclasses.asdict(step)) <= {int, str, bool}
     execute(warm, step)
     warm.impl.build_connector_meta(idle(warm))
     warm.impl.request_finished(request, [])
@@ -296,7 +296,7 @@ def test_a_step_that_fails_half_way_holds_nothing(warm):
 
 
 def test_a_store_refused_for_lack_of_room_is_not_tried_with_every_token(make_engine):
-    engine = make_engine(room_bytes=2 * 4096)
+    engine = make_engine(room_bytes=2 * 8192)
     engine.generate("a", range(32))
     decider = engine.cache.decider
     holder = engine.request("holder", range(32))
@@ -311,7 +311,7 @@ def test_a_store_refused_for_lack_of_room_is_not_tried_with_every_token(make_eng
 
 
 def test_a_store_refused_in_one_piece_is_tried_with_the_next(make_engine):
-    engine = make_engine(room_bytes=4 * 4096, budget=16)
+    engine = make_engine(room_bytes=4 * 8192, budget=16)
     engine.generate("a", range(64))
     holder = engine.request("holder", range(64))
     assert engine.impl.get_num_new_matched_tokens(holder, 0) == 63
@@ -327,7 +327,7 @@ def test_a_store_refused_in_one_piece_is_tried_with_the_next(make_engine):
 
 
 def test_generated_tokens_that_found_no_room_are_stored_when_there_is_some(make_engine):
-    engine = make_engine(room_bytes=4 * 4096, budget=64, options={"save_decode_cache": True})
+    engine = make_engine(room_bytes=4 * 8192, budget=64, options={"save_decode_cache": True})
     engine.generate("a", range(64))
     holder = engine.request("holder", range(64))
     assert engine.impl.get_num_new_matched_tokens(holder, 0) == 63
