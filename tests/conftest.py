@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 
 # tests belong to no package, so there is no name to import their helpers by
-spec = importlib.util.spec_from_file_location(
-    "redis_server", Path(__file__).with_name("redis_server.py")
-)
-redis_server = sys.modules["redis_server"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(redis_server)
+for name in ("redis_server", "s3_server"):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 PATIENCE_S = 5.0
 """How long a thread may take to end after the test that began it."""
@@ -71,7 +70,7 @@ def new_redis(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     servers: list[Any] = []
 
     def new_redis(*options: str) -> Any:
-        servers.append(redis_server.RedisServer(tmp_path, *options))
+        servers.append(sys.modules["redis_server"].RedisServer(tmp_path, *options))
         return servers[-1]
 
     yield new_redis
