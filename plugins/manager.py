@@ -48,6 +48,7 @@ BUILTINS = (
     "lmcache.backends.memory",
     "lmcache.backends.disk",
     "lmcache.backends.redis",
+    "lmcache.backends.mooncake",
     "lmcache.backends.zlib_codec",
     "lmcache.adapters.vllm",
     "lmcache.cli.commands",

@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 
-# tests belong to no package, so there is no name to import their helpers by
-spec = importlib.util.spec_from_file_location(
-    "redis_server", Path(__file__).with_name("redis_server.py")
-)
-redis_server = sys.modules["redis_server"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(redis_server)
+
+def _helper(name: str) -> Any:
+    """A module beside this one: tests belong to no package, so there is no name to import it by."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+redis_server = _helper("redis_server")
+_helper("mooncake_server")
 
 PATIENCE_S = 5.0
 """How long a thread may take to end after the test that began it."""
