@@ -7,7 +7,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
-from lmcache.backends.mooncake_client import AT_ONCE, LANES, Call
+from lmcache.backends.mooncake_child import AT_ONCE, LANES, Call
 from lmcache.core.backend import Capabilities, StorageBackend
 from lmcache.core.errors import BackendClosed, BackendError, ConfigError
 from lmcache.core.urls import parse_url
@@ -42,6 +42,7 @@ _MISSES = {_NOT_THERE, -600, -703, -712}
 """Not there, larger than the room for it, not whole yet, not there any more."""
 _ERRORS = {
     -101: "nobody holds that part of the pool",
+    -703: "the object is not whole yet",
     -707: "the bytes took too long to come",
     -708: "the object is being copied",
     -714: "the object is in use",

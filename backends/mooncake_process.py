@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmcache.backends.mooncake_client import ANSWER, LANES, REQUEST, Settings
+from lmcache.backends.mooncake_child import ANSWER, LANES, REQUEST, Settings
 from lmcache.core.slab import Slab, anonymous_file
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lmcache.backends.mooncake_client import Call
+    from lmcache.backends.mooncake_child import Call
 
 _STARTING_S = 120.0
 """To make a large contribution to a pool takes a while."""
@@ -96,7 +96,7 @@ class MooncakeProcess:
         self._control = pairs[0][0]
         self._control.send(json.dumps(asdict(told)).encode())
         self._process = run_python(
-            "from lmcache.backends.mooncake_client import main; main()",
+            "from lmcache.backends.mooncake_child import main; main()",
             str(theirs[0]),
             stderr=self._said,
             pass_fds=(self._memory.fd, *theirs),

@@ -1,7 +1,7 @@
-"""Mooncake's client library, in a process of its own that does what it is asked through sockets.
+"""What runs in the process that holds Mooncake's client: it does what it is asked through sockets.
 
-The library holds the interpreter's lock while it connects, leaves its threads behind when a call is
-late, and may end the process; so the process is not the engine's.
+The library holds the interpreter's lock while it connects, has no deadline for some of its calls,
+and may end the process; so the process is not the engine's.
 """
 
 from __future__ import annotations
