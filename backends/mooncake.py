@@ -127,7 +127,7 @@ class MooncakeBackend(StorageBackend):
 
     def _checked(self, answer: int) -> int:
         if answer < 0:
-            raise self._failed(f"{_ERRORS.get(answer, 'its error number')} ({answer})")
+            raise self._failed(f"{_ERRORS.get(answer, 'error')} ({answer})")
         return answer
 
     def _failed(self, why: object) -> BackendError:
@@ -161,9 +161,7 @@ class MooncakeBackend(StorageBackend):
                 self._process = self._start()
             try:
                 self._process.wait()
-            except TimeoutError:
-                raise
-            except OSError:
+            except ConnectionError:
                 self._process.close(at_once=True)
                 self._process = None
                 raise
