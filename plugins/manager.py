@@ -49,6 +49,7 @@ BUILTINS = (
     "lmcache.backends.disk",
     "lmcache.backends.redis",
     "lmcache.backends.s3",
+    "lmcache.backends.mooncake",
     "lmcache.backends.zlib_codec",
     "lmcache.adapters.vllm",
     "lmcache.cli.commands",

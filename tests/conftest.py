@@ -13,11 +13,18 @@ from typing import Any
 
 import pytest
 
-# tests belong to no package, so there is no name to import their helpers by
-for name in ("redis_server", "s3_server"):
+
+def _helper(name: str) -> Any:
+    """A module beside this one: tests belong to no package, so there is no name to import it by."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_helper("redis_server")
+_helper("s3_server")
+_helper("mooncake_server")
 
 PATIENCE_S = 5.0
 """How long a thread may take to end after the test that began it."""

@@ -266,7 +266,7 @@ def test_a_backend_that_breaks_a_rule(tmp_path: Path) -> None:
 
 def test_a_backend_nobody_offers() -> None:
     message = complaint("backends", "check", "shelf://user:hunter2@host")
-    assert message.startswith("no storage backend 'shelf'; known: file, memory, redis")
+    assert message.startswith("no storage backend 'shelf'; known: file, memory, mooncake, redis")
 
 
 def test_checking_a_backend_without_pytest(tmp_path: Path) -> None:
