@@ -9,9 +9,10 @@ from lmcache.core.memory_limit import clamp_budget, memory_limit
 from lmcache.core.metrics import Counters
 from lmcache.core.packing import Packed
 from lmcache.core.slab import Slab
-from lmcache.core.tier import Tier
+from lmcache.core.tier import DEPTH, Tier
 from lmcache.core.tiers import Tiers
-from lmcache.core.urls import take_options
+from lmcache.core.urls import parse_count, take_options
+from lmcache.core.write_policy import WritePolicy
 
 if TYPE_CHECKING:
     from lmcache.core.backend import StorageBackend
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lmcache.core.eviction import EvictionPolicy
 
 GIB = 1 << 30
+MOST_DEPTH = 256
 
 
 class Offers(Protocol):
@@ -36,11 +38,14 @@ class Offers(Protocol):
 
 
 def _open_tier(url: str, offers: Offers) -> Tier:
-    """The tier at `url`, whose option `codec` names a codec for its objects."""
-    location, options = take_options(url, ("codec",))
+    """The tier at `url`: what is its own among the options, and the backend behind it."""
+    location, options = take_options(url, ("codec", "depth", "write"))
     codec = offers.create_codec(options["codec"]) if "codec" in options else None
+    depth = parse_count("depth", options.get("depth", str(DEPTH)), MOST_DEPTH)
+    write = WritePolicy.parse(options.get("write", "through"))
     backend = offers.open_backend(location)
-    return Tier(url.partition("://")[0], Packed(backend, codec) if codec else backend)
+    name = url.partition("://")[0]
+    return Tier(name, Packed(backend, codec) if codec else backend, depth, write)
 
 
 def assemble(config: Config, offers: Offers) -> tuple[Decider, Tiers]:

@@ -73,8 +73,14 @@ class Decider:
         self.slab = slab
         self.counters = counters or Counters()
         self.leases = Leases()
-        self.on_commit: Callable[[Slot, Geometry], None] | None = None
-        """Called under the lock for every slot that becomes complete with fresh bytes."""
+        self.on_commit: Callable[[Slot], None] | None = None
+        """Told of every slot that becomes complete with fresh bytes, under the lock, as are the rest."""
+        self.on_use: Callable[[Iterator[Slot]], None] | None = None
+        """Told of the chunks that were found, or that an engine would have stored again."""
+        self.on_pressure: Callable[[Iterator[Slot]], None] | None = None
+        """Told of chunks with fresh bytes that are the next to be evicted, each once."""
+        self._pressed = 0
+        """Bytes placed since then."""
         self._policy = policy
         self._used: list[int] = []
         """Entries that were used and the policy has not been told of, in their order."""
@@ -257,6 +263,8 @@ class Decider:
         if offset is None:
             self.counters.add("refused")
             return None
+        if self.on_pressure:
+            self._press(size)
         self._generation += 1
         slot = Slot(key, offset, size, self._generation, pages, chunk)
         self._reserved[key] = slot
@@ -272,13 +280,13 @@ class Decider:
         with self.lock:
             del self._reserved[slot.key]
             self._evicted.pop(slot.key, None)
-            entry = self._index.add(slot)
+            entry = self._index.add(slot, fresh=fresh)
             self._informed().add(entry, slot.key)
             if fresh:
                 self._index.pins[entry] += 1
                 try:
                     if self.on_commit:
-                        self.on_commit(slot, geometry)
+                        self.on_commit(slot)
                 finally:
                     self._unpin(entry)
             return entry
@@ -326,10 +334,30 @@ class Decider:
 
     def _informed(self) -> EvictionPolicy:
         """The policy, told of every use so far, which would be half the time of a lookup."""
-        for entry in self._used:
-            self._policy.touch(entry)
-        self._used.clear()
+        if self._used:
+            used, self._used = self._used, []
+            for entry in used:
+                self._policy.touch(entry)
+            if self.on_use:
+                self.on_use(self._index.slot(entry, 0) for entry in used)
         return self._policy
+
+    def _press(self, size: int) -> None:
+        """Every 64th part of the slab, tell of the next 8th to be evicted, once it is needed."""
+        self._pressed += size
+        if self._pressed < self.capacity_bytes // 64 or self.free_bytes > self.capacity_bytes // 8:
+            return
+        self._pressed = 0
+        leaving = list(self._victims(self.capacity_bytes // 8))
+        fresh = [entry for entry in leaving if self._index.fresh[entry]]
+        assert self.on_pressure
+        self.on_pressure(self._index.slot(entry, 0) for entry in fresh)
+        for entry in fresh:
+            self._index.fresh[entry] = 0
+
+    def hear_no_more(self) -> None:
+        """Tell nobody of anything any more."""
+        self.on_commit = self.on_use = self.on_pressure = None
 
     def _room_for(self, size: int) -> int | None:
         while (offset := self._allocator.allocate(size)) is None:
@@ -355,6 +383,8 @@ class Decider:
 
     def _drop(self, entry: int, *, evicted: bool) -> None:
         offset, size = self._index.offset[entry], self._index.size[entry]
+        if evicted and self._index.fresh[entry] and self.on_pressure:
+            self.counters.add("tier_dropped")
         self._informed().remove(entry, evicted=evicted)
         key = self._index.remove(entry)
         self._allocator.free(offset, size)

@@ -49,6 +49,8 @@ class Index:
         self.generation = array("q")
         self.pages = array("I")
         self.pins = array("I")
+        self.fresh = array("B")
+        """Whether its bytes are an engine's and those who write late know nothing of them."""
 
     def __len__(self) -> int:
         return len(self._entry_of)
@@ -71,7 +73,7 @@ class Index:
             entries.append(entry)
         return entries
 
-    def add(self, slot: Slot) -> int:
+    def add(self, slot: Slot, *, fresh: bool = False) -> int:
         """Record a complete slot and return its entry."""
         if self._free:
             entry = self._free.pop()
@@ -86,6 +88,8 @@ class Index:
             self.generation.append(slot.generation)
             self.pages.append(slot.pages)
             self.pins.append(0)
+            self.fresh.append(0)
+        self.fresh[entry] = fresh
         self._entry_of[slot.key] = entry
         return entry
 

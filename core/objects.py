@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_intdigest
 
-from lmcache.core.keys import ChunkKey
 from lmcache.core.slab import WORD
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from lmcache.core.geometry import Geometry
     from lmcache.core.index import Slot
+    from lmcache.core.keys import ChunkKey
 
 MAGIC = b"LMCOBJ\r\n"
 VERSION = 2
@@ -34,7 +34,7 @@ HEADER_BYTES = 4096
 """A page of memory and a block of a disk: the payload of an aligned object is aligned, too."""
 
 _FIXED = struct.Struct("<8sHHIQ32s32sQ32s")
-_ROOT = slice(TAGS - 32, TAGS)
+_CHECKSUM = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,9 @@ def start_header(view: memoryview, about: Description) -> None:
     view[:HEADER_BYTES] = _fixed(about, 0) + bytes(TEXT - TAGS) + _padded(about.text)
 
 
-def seal(view: memoryview, about: Description) -> None:
-    """Write the header of a complete object, with the checksum of its payload."""
-    view[:TAGS] = _fixed(about, _checksum(view))
-    view[TEXT:HEADER_BYTES] = _padded(about.text)
+def seal(view: memoryview) -> None:
+    """Write the checksum of a complete object into its header."""
+    _CHECKSUM.pack_into(view, TAGS - 40, _checksum(view))
 
 
 def is_intact(view: memoryview, about: Description) -> bool:
@@ -84,11 +83,6 @@ def is_intact(view: memoryview, about: Description) -> bool:
         and view[:TAGS] == _fixed(about, _checksum(view))
         and view[TEXT:HEADER_BYTES] == _padded(about.text)
     )
-
-
-def root_of(view: memoryview) -> ChunkKey:
-    """The root that a header names."""
-    return ChunkKey(bytes(view[_ROOT]))
 
 
 def _checksum(view: memoryview) -> int:

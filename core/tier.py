@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lmcache.core.errors import BackendError
 from lmcache.core.log import init_logger
 from lmcache.core.pool import DaemonPool
+from lmcache.core.write_policy import WritePolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,7 @@ TRIES = 3
 REST_S = 10.0
 """After `TRIES` failures in a row a backend is left alone for this long."""
 DEPTH = 4
+THROUGH = WritePolicy()
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Tier:
     backend: StorageBackend
     depth: int = DEPTH
     """Objects that are read at a time, and as many that are written."""
+    write: WritePolicy = THROUGH
     failures: int = 0
     """In a row."""
     asleep_until: float = 0.0

@@ -53,7 +53,6 @@ class Tiers:
         self._reads = TierReads(decider, self._tiers, fetches)
         self._writes = TierWrites(decider, self._tiers, queue)
         if self._tiers:
-            decider.on_commit = self._writes.offer
             atexit.register(self.close)
 
     def lookup(
@@ -115,7 +114,7 @@ class Tiers:
             self.forget(owner)
             fetch.done.set()
         with self._decider.lock:
-            self._decider.on_commit = None
+            self._decider.hear_no_more()
         deadline = time.monotonic() + timeout_s
         pools = [self._reads.pool, *(pool for t in self._tiers for pool in (t.writes, t.reads))]
         for pool in pools:

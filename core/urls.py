@@ -48,6 +48,13 @@ def parse_size(text: str) -> int:
     return int(Fraction(match[1]) * unit)
 
 
+def parse_count(option: str, text: str, most: int = _MOST) -> int:
+    """The whole number that an option says, 1 to `most`."""
+    if not text.isdecimal() or not 1 <= int(text[:10]) <= most:
+        raise ConfigError(f"option {option!r}: {text!r} is not a whole number, 1 to {most}")
+    return int(text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Url:
     """What a URL says. Everything is percent-decoded; an absent part is empty."""
@@ -72,11 +79,7 @@ class Url:
     def count(self, option: str) -> int | None:
         """The whole number that `option` says, 1 to 999999999, or None if it is not given."""
         text = self.options.get(option)
-        if text is None:
-            return None
-        if not text.isdecimal() or not 1 <= int(text[:10]) <= _MOST:
-            raise ConfigError(f"option {option!r}: {text!r} is not a whole number, 1 to {_MOST}")
-        return int(text)
+        return None if text is None else parse_count(option, text)
 
     def flag(self, option: str) -> bool:
         """Whether `option` is true; it is false if it is not given."""
@@ -144,4 +147,4 @@ def take_options(url: str, names: Collection[str]) -> tuple[str, dict[str, str]]
     return "?".join(filter(None, (head, "&".join(kept)))), taken
 
 
-__all__ = ["Url", "parse_size", "parse_url", "take_options"]
+__all__ = ["Url", "parse_count", "parse_size", "parse_url", "take_options"]

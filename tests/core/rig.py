@@ -34,6 +34,7 @@ from lmcache.core.mover import Mover
 from lmcache.core.slab import CONTROL_BYTES, Slab
 from lmcache.core.tier import Tier
 from lmcache.core.tiers import Tiers
+from lmcache.core.write_policy import WritePolicy
 
 PAGE_TOKENS = 4
 PAGES_PER_CHUNK = 4
@@ -303,8 +304,11 @@ class Workshop:
         self.later(mover.close)
         return mover
 
-    def tiers(self, made_decider, *backends, depth=4, **options):
-        named = [Tier(f"t{index}", backend, depth) for index, backend in enumerate(backends)]
+    def tiers(self, made_decider, *backends, depth=4, write="through", **options):
+        named = [
+            Tier(f"t{index}", backend, depth, WritePolicy.parse(write))
+            for index, backend in enumerate(backends)
+        ]
         made = Tiers(made_decider, named, **options)
         self.later(made.close)
         return made

@@ -94,7 +94,7 @@ class AnyOrder(RuleBasedStateMachine):
             if evicting:
                 self.evicted.add(key)
 
-    def offered(self, slot, geometry):
+    def offered(self, slot):
         if self.offer:
             self.writes.append(self.made.pin(slot.key))
 
@@ -615,7 +615,7 @@ class TestNotKeeping:
 
     def test_a_chunk_stays_while_it_is_pinned_or_leased(self, made):
         pinned = []
-        made.on_commit = lambda slot, geometry: pinned.append(made.pin(slot.key))
+        made.on_commit = lambda slot: pinned.append(made.pin(slot.key))
         store(made, rig.tokens(2 * CHUNK))
         hit = lookup(made, rig.tokens(2 * CHUNK))
         for entry in pinned:
@@ -634,7 +634,7 @@ class TestNotKeeping:
 
 
 def test_an_error_of_the_listener_leaves_the_chunk_in_order(made):
-    def fail(slot, geometry):
+    def fail(slot):
         raise RuntimeError("on purpose")
 
     made.on_commit = fail
@@ -647,7 +647,7 @@ def test_an_error_of_the_listener_leaves_the_chunk_in_order(made):
 
 def test_only_fresh_chunks_are_announced(made):
     seen = []
-    made.on_commit = lambda slot, geometry: seen.append(slot.chunk)
+    made.on_commit = lambda slot: seen.append(slot.chunk)
     first, second = reserve(made, rig.tokens(2 * CHUNK))[0]
     made.commit(second, GEOMETRY, fresh=False)
     made.commit(first, GEOMETRY)

@@ -210,7 +210,7 @@ def test_an_error_in_one_chunk_leaks_no_other(scene):
     hit = scene.stored()
     seen = []
 
-    def fail_first(slot, geometry):
+    def fail_first(slot):
         seen.append(slot)
         if len(seen) == 1:
             raise RuntimeError("on purpose")
@@ -236,7 +236,7 @@ def test_nothing_in_the_air(scene):
 
 def test_what_is_not_kept_is_gone_once_loaded(workshop):
     scene = Scene(workshop, keep=False)
-    scene.decider.on_commit = lambda slot, geometry: pins.append(scene.decider.pin(slot.key))
+    scene.decider.on_commit = lambda slot: pins.append(scene.decider.pin(slot.key))
     pins = []
     hit = scene.stored()
     scene.decider.unpin(pins.pop())

@@ -15,9 +15,10 @@ from blake3 import blake3
 from lmcache.backends.memory import MemoryBackend
 from lmcache.core import tier as tier_module
 from lmcache.core.backend import Capabilities
-from lmcache.core.errors import BackendError
+from lmcache.core.errors import BackendError, ConfigError
 from lmcache.core.objects import HEADER_BYTES, Description, is_intact
 from lmcache.core.receipts import Reason
+from lmcache.core.write_policy import WritePolicy
 from lmcache.plugins.manager import PluginManager
 from lmcache.testing.faults import Corrupting, Flaky, Slow, Wrapper
 
@@ -209,7 +210,7 @@ class TestWriting:
         backend.gate.set()
         cache.tiers.flush()
         assert len(backend.held()) == 3
-        rig.wait_until(lambda: not cache.tiers._writes._tiers[0].writes)
+        rig.wait_until(lambda: not cache.tiers._writes._early[0].writes)
         cache.store(rig.tokens(3 * CHUNK, 1))
         assert len(backend.held()) == 6, "and then there is room in it again"
         cache.assert_idle()
@@ -240,6 +241,81 @@ class TestWriting:
         healthy = Backend()
         new_cache(backend, healthy).store(rig.tokens(2 * CHUNK))
         assert len(healthy.held()) == 2
+
+
+class TestWhenItIsWritten:
+    def test_never(self, new_cache, backend):
+        cache = new_cache(backend, write="never")
+        cache.store(rig.tokens(4 * CHUNK))
+        cache.lookup(rig.tokens(4 * CHUNK))
+        assert not backend.held()
+        cache.assert_idle()
+
+    def test_what_is_never_written_is_read(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(2 * CHUNK)), write="never")
+        assert cache.lookup(rig.tokens(2 * CHUNK)).tokens == 2 * CHUNK
+
+    def test_after_it_was_seen_often_enough(self, new_cache, backend):
+        cache = new_cache(backend, write="after-3")
+        cache.store(rig.tokens(2 * CHUNK))
+        cache.store(rig.tokens(CHUNK, 1))
+        assert not backend.held(), "stored: once"
+        cache.lookup(rig.tokens(2 * CHUNK))
+        assert not backend.held(), "and found: twice"
+        cache.store(rig.tokens(CHUNK))  # it would have been stored again
+        cache.tiers.flush()
+        assert set(backend.held()) == {rig.chain(rig.tokens(CHUNK)).key(0)}
+        cache.lookup(rig.tokens(2 * CHUNK))
+        cache.lookup(rig.tokens(2 * CHUNK))
+        cache.tiers.flush()
+        assert (len(backend.held()), backend.calls.count("put")) == (2, 2)
+        cache.assert_idle()
+
+    def test_sightings_outlive_the_chunk(self, new_cache, backend):
+        cache = new_cache(backend, write="after-2")
+        for _ in range(2):
+            cache.store(rig.tokens(CHUNK))
+            cache.decider.clear()
+        assert len(backend.held()) == 1
+
+    def test_before_it_leaves_memory(self, new_cache, backend):
+        cache = new_cache(backend, slots=16, write="evict")
+        cache.store(rig.tokens(14 * CHUNK))
+        assert not backend.held()
+        cache.store(rig.tokens(CHUNK, 1))
+        cache.store(rig.tokens(CHUNK, 2))
+        assert 0 < len(backend.held()) <= 8
+        for seed in range(3, 20):
+            cache.store(rig.tokens(CHUNK, seed))
+        assert cache.counters["evictions"] >= 15
+        assert cache.counters["tier_dropped"] == 0
+        everything = {rig.chain(rig.tokens(14 * CHUNK)).key(n) for n in range(14)}
+        assert everything <= set(backend.held())
+        assert backend.calls.count("put") == len(backend.held()), "each once"
+        cache.assert_idle()
+
+    def test_what_leaves_too_fast_is_counted(self, new_cache, backend):
+        cache = new_cache(backend, slots=4, write="evict", depth=1)
+        backend.gate.clear()
+        for seed in range(8):
+            cache.store(rig.tokens(CHUNK, seed), flush=False)
+        assert cache.counters["tier_dropped"] > 0
+        backend.gate.set()
+        cache.assert_idle()
+
+    def test_what_was_read_is_not_written_when_it_leaves(self, new_cache, stored):
+        backend = stored(rig.tokens(4 * CHUNK))
+        cache = new_cache(backend, slots=4, write="evict")
+        cache.lookup(rig.tokens(4 * CHUNK))
+        cache.store(rig.tokens(2 * CHUNK, 1))
+        cache.tiers.flush()
+        assert backend.calls.count("put") <= 2, "at most what an engine has stored since"
+        cache.assert_idle()
+
+    @pytest.mark.parametrize("text", ["", "late", "after-0", "after-x", "after-1000000", "Through"])
+    def test_what_is_no_policy(self, text):
+        with pytest.raises(ConfigError, match="is none of through, evict, never and after-N"):
+            WritePolicy.parse(text)
 
 
 class TestNotKeeping:
@@ -632,7 +708,7 @@ class TestTime:
         cache = new_cache(backend, fetch_timeout_s=0.05)
         backend.only, backend.gate = ("get_into",), threading.Event()
         assert cache.lookup(rig.tokens(CHUNK)).receipt.reason is Reason.TIMED_OUT
-        assert cache.lookup(rig.tokens(CHUNK)).receipt.reason is Reason.BEING_WRITTEN
+        assert cache.lookup(rig.tokens(CHUNK)).receipt.reason is Reason.TIMED_OUT, "the same read"
         assert cache.decider.free_bytes < cache.decider.capacity_bytes, "the backend writes to it"
         backend.gate.set()
         rig.wait_until(lambda: len(cache.decider) == 1)
@@ -808,7 +884,7 @@ class TestClosing:
         assert time.monotonic() - began < 3
         assert backend.closed == 1
         backend.gate.set()
-        rig.wait_until(lambda: not cache.tiers._writes._tiers[0].writes)
+        rig.wait_until(lambda: not cache.tiers._writes._early[0].writes)
         cache.assert_idle()
 
     def test_the_end_of_the_process_finishes_the_writes(self, tmp_path):
@@ -818,6 +894,7 @@ sys.path[:0] = [{str(Path(rig.__file__).parent)!r}]
 import rig
 from lmcache.core.tier import Tier
 from lmcache.core.tiers import Tiers
+from lmcache.core.write_policy import WritePolicy
 from lmcache.plugins.manager import PluginManager
 from lmcache.testing.faults import Slow
 
