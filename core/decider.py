@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmcache.core.allocator import Allocator
-from lmcache.core.index import ABSENT, Index, Slot
+from lmcache.core.index import ABSENT, FROM_ENGINE, FROM_TIER, LEAVING, Index, Slot
 from lmcache.core.leases import Lease, Leases
 from lmcache.core.metrics import Counters
 from lmcache.core.objects import Description, start_header
@@ -74,11 +74,11 @@ class Decider:
         self.counters = counters or Counters()
         self.leases = Leases()
         self.on_commit: Callable[[Slot], None] | None = None
-        """Told of every slot that becomes complete with fresh bytes, under the lock, as are the rest."""
+        """Told of every slot that an engine has filled. This and the others, under the lock."""
         self.on_use: Callable[[Iterator[Slot]], None] | None = None
-        """Told of the chunks that were found, or that an engine would have stored again."""
+        """Told of those that were found, or that an engine would have stored again."""
         self.on_pressure: Callable[[Iterator[Slot]], None] | None = None
-        """Told of chunks with fresh bytes that are the next to be evicted, each once."""
+        """Told of those of them that are the next to be evicted, each once."""
         self._pressed = 0
         """Bytes placed since then."""
         self._policy = policy
@@ -339,7 +339,8 @@ class Decider:
             for entry in used:
                 self._policy.touch(entry)
             if self.on_use:
-                self.on_use(self._index.slot(entry, 0) for entry in used)
+                origin = self._index.origin
+                self.on_use(self._index.slot(e, 0) for e in used if origin[e] != FROM_TIER)
         return self._policy
 
     def _press(self, size: int) -> None:
@@ -349,11 +350,11 @@ class Decider:
             return
         self._pressed = 0
         leaving = list(self._victims(self.capacity_bytes // 8))
-        fresh = [entry for entry in leaving if self._index.fresh[entry]]
+        fresh = [entry for entry in leaving if self._index.origin[entry] == FROM_ENGINE]
         assert self.on_pressure
         self.on_pressure(self._index.slot(entry, 0) for entry in fresh)
         for entry in fresh:
-            self._index.fresh[entry] = 0
+            self._index.origin[entry] = LEAVING
 
     def hear_no_more(self) -> None:
         """Tell nobody of anything any more."""
@@ -383,7 +384,7 @@ class Decider:
 
     def _drop(self, entry: int, *, evicted: bool) -> None:
         offset, size = self._index.offset[entry], self._index.size[entry]
-        if evicted and self._index.fresh[entry] and self.on_pressure:
+        if evicted and self.on_pressure and self._index.origin[entry] == FROM_ENGINE:
             self.counters.add("tier_dropped")
         self._informed().remove(entry, evicted=evicted)
         key = self._index.remove(entry)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 ABSENT = -1
 
+FROM_TIER, FROM_ENGINE, LEAVING = range(3)
+"""What was read from a slower tier; what an engine stored; and of the latter, what those who write
+late have been told of."""
+
 
 class Slot(NamedTuple):
     """A place in the slab that holds, or is to hold, one chunk."""
@@ -49,8 +53,8 @@ class Index:
         self.generation = array("q")
         self.pages = array("I")
         self.pins = array("I")
-        self.fresh = array("B")
-        """Whether its bytes are an engine's and those who write late know nothing of them."""
+        self.origin = array("B")
+        """Where its bytes come from: one of the three below."""
 
     def __len__(self) -> int:
         return len(self._entry_of)
@@ -88,8 +92,8 @@ class Index:
             self.generation.append(slot.generation)
             self.pages.append(slot.pages)
             self.pins.append(0)
-            self.fresh.append(0)
-        self.fresh[entry] = fresh
+            self.origin.append(0)
+        self.origin[entry] = FROM_ENGINE if fresh else FROM_TIER
         self._entry_of[slot.key] = entry
         return entry
 

@@ -74,25 +74,32 @@ class TierWrites:
             self._decider.counters.add("tier_dropped", label=tier.name)
             return
         entry = self._decider.pin(chunk.slot.key)
+        self._bytes += size
         try:
-            write = tier.writes.submit(self._write, tier, chunk)
+            write = tier.writes.submit(self._write, entry, tier, chunk)
         except RuntimeError:  # closed meanwhile
             self._decider.counters.add("tier_dropped", label=tier.name)
-            self._decider.unpin(entry)
+            self._let_go(entry, size)
             return
-        self._bytes += size
-        write.add_done_callback(partial(self._written, entry, size))
+        write.add_done_callback(partial(self._cancelled, entry, size))
 
-    def _written(self, entry: int, size: int, _: Future[None]) -> None:
+    def _write(self, entry: int, tier: Tier, chunk: _Chunk) -> None:
+        counters = self._decider.counters
+        try:
+            view = chunk.sealed()
+            kept = tier.ask(lambda backend: backend.put(chunk.slot.key, view), counters)
+            counters.add("tier_written" if kept else "tier_dropped", 1, tier.name)
+        finally:
+            self._let_go(entry, chunk.slot.size)
+
+    def _cancelled(self, entry: int, size: int, write: Future[None]) -> None:
+        if write.cancelled():
+            self._let_go(entry, size)
+
+    def _let_go(self, entry: int, size: int) -> None:
         with self._decider.lock:
             self._bytes -= size
             self._decider.unpin(entry)
-
-    def _write(self, tier: Tier, chunk: _Chunk) -> None:
-        view = chunk.sealed()
-        counters = self._decider.counters
-        kept = tier.ask(lambda backend: backend.put(chunk.slot.key, view), counters)
-        counters.add("tier_written" if kept else "tier_dropped", 1, tier.name)
 
 
 class _Chunk:

@@ -312,6 +312,14 @@ class TestWhenItIsWritten:
         assert backend.calls.count("put") <= 2, "at most what an engine has stored since"
         cache.assert_idle()
 
+    def test_what_was_read_is_not_written_however_often_it_is_found(self, new_cache, stored):
+        """It may come from a tier that keeps less of it than an engine gave."""
+        cache = new_cache(stored(rig.tokens(CHUNK)), other := Backend(), write="after-2")
+        for _ in range(4):
+            assert cache.lookup(rig.tokens(CHUNK)).tokens == CHUNK
+        cache.tiers.flush()
+        assert not other.held()
+
     @pytest.mark.parametrize("text", ["", "late", "after-0", "after-x", "after-1000000", "Through"])
     def test_what_is_no_policy(self, text):
         with pytest.raises(ConfigError, match="is none of through, evict, never and after-N"):
