@@ -33,8 +33,9 @@ class StorageBackend(ABC):
     """Stores immutable objects under a `ChunkKey` (32 bytes, uniformly distributed).
 
     A backend is a cache tier: losing an object is legal, returning wrong bytes is not. Any method
-    may be called from several threads at once. A failure of the store raises `BackendError`, never
-    the client library's own exception; a missing object is a value, not an error.
+    may be called from several threads at once. Views are C-contiguous, of any item and shape. A
+    failure of the store raises `BackendError`, never the client library's own exception; a missing
+    object is a value, not an error.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities()

@@ -4,8 +4,8 @@
 
     class TestRedis(BackendSuite):
         @pytest.fixture
-        def open_backend(self, redis_url):
-            return lambda: RedisBackend.from_url(redis_url)
+        def url(self, redis_server):
+            return redis_server.url
 
 `faults` has backends that fail, dawdle or corrupt, to test what is built on a backend.
 """
@@ -20,7 +20,7 @@ pytest.register_assert_rewrite(
     "lmcache.testing.eviction_suite",
 )
 
-from lmcache.testing.backend_suite import BackendSuite  # noqa: E402
+from lmcache.testing.backend_suite import BackendStateMachine, BackendSuite  # noqa: E402
 from lmcache.testing.eviction_suite import EvictionPolicySuite  # noqa: E402
 
-__all__ = ["BackendSuite", "EvictionPolicySuite"]
+__all__ = ["BackendStateMachine", "BackendSuite", "EvictionPolicySuite"]

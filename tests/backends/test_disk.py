@@ -25,8 +25,8 @@ MB = 1_000_000
 
 class TestDisk(BackendSuite):
     @pytest.fixture
-    def open_backend(self, tmp_path):
-        return lambda: DiskBackend.from_url(f"file://{tmp_path}/cache")
+    def url(self, tmp_path):
+        return f"file://{tmp_path}/cache"
 
 
 def key(n: int) -> bytes:

@@ -57,8 +57,8 @@ def got(backend: RedisBackend, n: int, room: int = MB) -> bytes | None:
 @needs_server
 class TestRedis(BackendSuite):
     @pytest.fixture
-    def open_backend(self, lasting_server):
-        return lambda: RedisBackend.from_url(lasting_server.url)
+    def url(self, lasting_server):
+        return lasting_server.url
 
 
 @needs_server
@@ -66,8 +66,8 @@ class TestExpiringRedis(BackendSuite):
     """With a time to live another command reads."""
 
     @pytest.fixture
-    def open_backend(self, lasting_server):
-        return lambda: RedisBackend.from_url(f"{lasting_server.url}/1?ttl=100&prefix=a b:")
+    def url(self, lasting_server):
+        return f"{lasting_server.url}/1?ttl=100&prefix=a b:"
 
 
 def wait_until(condition, timeout_s=20):
@@ -112,8 +112,8 @@ class TestCluster(BackendSuite):
     """Two servers, each with half of the keys."""
 
     @pytest.fixture
-    def open_backend(self, cluster):
-        return lambda: RedisBackend.from_url(f"{cluster[0].url}?cluster=true")
+    def url(self, cluster):
+        return f"{cluster[0].url}?cluster=true"
 
     def test_both_hold_something(self, backend, keys, cluster):
         for n in range(50):

@@ -269,15 +269,21 @@ def test_a_backend_nobody_offers() -> None:
     assert message.startswith("no storage backend 'shelf'; known: file, memory, mooncake, redis")
 
 
-def test_checking_a_backend_without_pytest(tmp_path: Path) -> None:
-    # a finder that finds no pytest stands in for an installation without it
+def test_a_backend_that_does_not_answer_is_one_complaint() -> None:
+    message = complaint("backends", "check", "redis://user:hunter2@127.0.0.1:1")
+    assert message.startswith("the server at 127.0.0.1:1 failed us")
+
+
+@pytest.mark.parametrize("missing", ["pytest", "hypothesis"])
+def test_checking_a_backend_without_what_it_takes(tmp_path: Path, missing: str) -> None:
+    # a finder that does not find it stands in for an installation without it
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util as u\n"
         "find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'pytest' else find(name, *a)\n"
+        f"u.find_spec = lambda name, *a: None if name == {missing!r} else find(name, *a)\n"
     )
     message = complaint("backends", "check", "memory://", PYTHONPATH=str(tmp_path))
-    assert message == "checking a backend needs pytest: install lmcache[testing]"
+    assert message == f"checking a backend needs {missing}: install lmcache[testing]"
 
 
 def test_tables_are_aligned() -> None:

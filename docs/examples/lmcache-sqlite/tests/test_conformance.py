@@ -8,8 +8,8 @@ from lmcache_sqlite import SqliteBackend
 
 class TestSqlite(BackendSuite):
     @pytest.fixture
-    def open_backend(self, tmp_path):
-        return lambda: SqliteBackend(f"sqlite://{tmp_path}/kv.db")
+    def url(self, tmp_path):
+        return f"sqlite://{tmp_path}/kv.db"
 
 
 def test_a_full_database_refuses(tmp_path):
