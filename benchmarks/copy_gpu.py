@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -131,12 +132,10 @@ def driver_version():
 
 
 def at_once(*calls):
-    """Run calls on a thread each."""
-    threads = [threading.Thread(target=call) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    """Run calls on a thread each; what one of them raises is raised here."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for running in [pool.submit(call) for call in calls]:
+            running.result()
 
 
 def decode_slowdown(copies, case, device):
@@ -166,11 +165,13 @@ def decode_slowdown(copies, case, device):
     for _ in range(5):
         alone.append(steps(40))
         stop.clear()
-        thread = threading.Thread(target=store)
-        thread.start()
-        together.append(steps(40))
-        stop.set()
-        thread.join()
+        with ThreadPoolExecutor(1) as pool:
+            storing = pool.submit(store)
+            try:
+                together.append(steps(40))
+            finally:
+                stop.set()
+            storing.result()
     return 100 * (statistics.median(together) / statistics.median(alone) - 1)
 
 

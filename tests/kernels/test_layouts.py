@@ -17,7 +17,7 @@ from lmcache.core.kernels.host import HostCopier
 from lmcache.core.kernels.plan import Planner, Span
 
 POISON = 0xA5
-DTYPES = {"bf16": pools.BF16, "fp8": pools.FP8, "uint8": pools.U8, "fp32": torch.float32}
+DTYPES = {"bf16": pools.BF16, "fp8": pools.FP8, "uint8": pools.U8}
 HEADS = (1, 2, 8, 32)
 TOKENS = (1, 16, 32, 64, 128)
 PARTS = [(5, 0, [7, 2, 3, 10, 0]), (3, 1, [8]), (7, 2, [1, 9, 5])]
@@ -63,12 +63,10 @@ def trtllm_by_layer(dtype, heads, tokens):
 FAMILIES = {
     **{f"vLLM {order}": packed(order) for order in pools.VLLM_ORDERS},
     **{f"vLLM {order}, padded": packed(order, 24) for order in ("LBHNC", "LBNHC", "BLHNC")},
-    **{
-        f"K and V apart, {'first' if kv_first else 'in the page'}, {'HND' if hnd else 'NHD'}": split(
-            kv_first, hnd
-        )
-        for kv_first, hnd in product((True, False), (True, False))
-    },
+    "K, then V, NHD": split(kv_first=True, hnd=False),
+    "K, then V, HND": split(kv_first=True, hnd=True),
+    "K and V apart in each page, NHD": split(kv_first=False, hnd=False),
+    "K and V apart in each page, HND": split(kv_first=False, hnd=True),
     **{f"{ratio} kernel blocks": kernel_blocks(ratio) for ratio in (2, 4)},
     "SGLang": sglang,
     "TensorRT-LLM": trtllm(2),
