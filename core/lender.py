@@ -176,7 +176,7 @@ class Lender:
             logger.warning("a copy takes too long: taking the pages back")
             self._memory.take_back()
             self._has_taken_back, self.wants_back = True, False
-        self._give_up(self._loads)
+            self._give_up(self._loads)
 
     def spoil(self, step: int) -> None:
         """What was stored in `step` may have been computed from pages without content."""
@@ -195,8 +195,9 @@ class Lender:
     def close(self) -> None:
         """Let go of the copier."""
         self.retire()
-        for channel in (self._loads, self._stores):
-            channel.sock.close()
+        with self._deciding:  # a descriptor may be somebody else's once it is closed
+            for channel in (self._loads, self._stores):
+                channel.sock.close()
 
     # ----
 

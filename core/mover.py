@@ -83,7 +83,7 @@ class Mover:
         self._slice = slice_index
         self._writes = writes
         self._pages = copier or HostPages(Planner(layout), slab, threads)
-        self._warmer = Warmer(slab)
+        self._warmer = Warmer(slab, stay_near=self._pages.stay_near)
         self._gate = Gate()
 
     def mark(self) -> Event | None:

@@ -10,6 +10,10 @@ import sys
 import tempfile
 import weakref
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WORD = struct.Struct("<Q")
 CONTROL_BYTES = 65536
@@ -63,6 +67,8 @@ class Slab:
         self.fd = fd
         """Pass it to another process to share the memory."""
         self.size = size
+        self.on_close: list[Callable[[], None]] = []
+        """Called, the last one first, before it is unmapped."""
         self._close_fd = weakref.finalize(self, os.close, fd)
         try:
             self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | _NORESERVE)
@@ -107,6 +113,8 @@ class Slab:
 
         Parts of `view` that somebody still holds keep the mapping until they are gone.
         """
+        while self.on_close:
+            self.on_close.pop()()
         self.view.release()
         with suppress(BufferError):
             self._map.close()

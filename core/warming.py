@@ -12,7 +12,11 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+from lmcache.core.kernels.nearby import stay_on_node
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lmcache.core.slab import Slab
 
 AHEAD_BYTES = 256 << 20
@@ -23,9 +27,19 @@ PIECE_BYTES = 8 << 20
 class Warmer:
     """A background thread that follows the highest address in use."""
 
-    def __init__(self, slab: Slab, ahead_bytes: int | None = None) -> None:
-        """By default it keeps `AHEAD_BYTES` ahead."""
+    def __init__(
+        self,
+        slab: Slab,
+        ahead_bytes: int | None = None,
+        *,
+        stay_near: Callable[[], None] = stay_on_node,
+    ) -> None:
+        """By default it keeps `AHEAD_BYTES` ahead.
+
+        `stay_near` keeps the thread on processors next to which the memory is to lie.
+        """
         self._slab = slab
+        self._stay_near = stay_near
         self._ahead = AHEAD_BYTES if ahead_bytes is None else ahead_bytes
         self._warm = 0
         self._target = min(self._ahead, slab.size)
@@ -49,8 +63,8 @@ class Warmer:
         self._thread.join()
 
     def _run(self) -> None:
+        self._stay_near()
         with contextlib.suppress(OSError, AttributeError):  # best effort, and Linux only
-            os.sched_setaffinity(0, range(os.cpu_count() or 1))
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         while self._more.wait() and not self._closed:
             self._more.clear()

@@ -27,6 +27,7 @@ from lmcache.core.lender import Lender
 from lmcache.core.lending import lendable
 from lmcache.core.log import init_logger
 from lmcache.core.mover import Mover
+from lmcache.core.pool import DaemonPool
 from lmcache.core.selfcheck import check_layout
 from lmcache.core.slab import Slab
 
@@ -78,8 +79,8 @@ class Grants:
         self._lender: Lender | None = None
         """The latest, whose pages may have to be taken back."""
         self._door: Door | None = None
-        self._retired: list[Mover | Lender] = []
-        """Movers of attachments that ended, to be closed where they are used."""
+        self._closing = DaemonPool(1, "lmcache-closing")
+        """Closes the movers of attachments that ended: pinned memory takes long to let go of."""
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> dict[str, int]:
         """Learn the layout and begin to wait; the region of each layer.
@@ -116,11 +117,10 @@ class Grants:
         granted = self.latest
         return granted if granted and granted.attachment == attachment else None
 
-    def tidy(self) -> None:
-        """Between two steps: be rid of copiers that were too slow, and of what has ended."""
+    def take_back(self) -> None:
+        """Between two steps: leave a copier behind that is too slow."""
         if self._lender:
             self._lender.take_back()
-        self.close()
 
     def leave(self) -> None:
         """Stop listening, and have every copy end: those under way at once, all others fail."""
@@ -129,9 +129,10 @@ class Grants:
         self._detach()
 
     def close(self) -> None:
-        """Unmap the slabs of attachments that have ended."""
-        while self._retired:
-            self._retired.pop().close()
+        """After `leave`: return when the slabs of attachments that have ended are unmapped."""
+        self._closing.wait()
+        self._closing.close()
+        self._closing.join()
 
     # ----
 
@@ -164,15 +165,19 @@ class Grants:
             layout=grant.layout,
         )
         slab = Slab(fd, grant.slab_bytes)
-        return Mover(
-            self.layout,
-            geometry,
-            slab,
-            number=grant.word,
-            slice_index=slice_of(self._vllm_config),
-            writes=grant.writes,
-            copier=copier_for(self.layout, slab, self._tensors),
-        )
+        try:
+            return Mover(
+                self.layout,
+                geometry,
+                slab,
+                number=grant.word,
+                slice_index=slice_of(self._vllm_config),
+                writes=grant.writes,
+                copier=copier_for(self.layout, slab, self._tensors),
+            )
+        except BaseException:
+            slab.close()
+            raise
 
     def _lender_for(self, channels: list[int]) -> Lender:
         assert self.layout
@@ -192,4 +197,4 @@ class Grants:
         granted, self.latest = self.latest, None
         if granted:
             granted.mover.retire()
-            self._retired.append(granted.mover)
+            self._closing.submit(granted.mover.close)

@@ -79,7 +79,7 @@ class WorkerSide:
     def begin(self, step: Step) -> None:
         """A step was bound. Where vLLM starts loads after the forward pass, layers store before."""
         self.stores.begin(step)
-        self.grants.tidy()
+        self.grants.take_back()
         self._step, self._now = step, self.grants.current(step.attachment)
         if self._now and step.loads and not self._outside:
             self._loads.begin(step, self._now.mover)

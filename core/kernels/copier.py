@@ -38,6 +38,9 @@ class PageCopier(Protocol):
     ) -> int:
         """Copy all regions of `spans`, or one, once `after` is over; return the bytes copied."""
 
+    def stay_near(self) -> None:
+        """Keep the calling thread next to where the copies are made, if that can be said."""
+
     def close(self) -> None:
         """End threads and let go of memory."""
 

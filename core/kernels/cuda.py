@@ -16,7 +16,7 @@ from lmcache.core.kernels.driver import Driver
 from lmcache.core.kernels.nearby import stay_near
 from lmcache.core.kernels.paged import PagedKernel
 from lmcache.core.kernels.paths import Paths, forced_path
-from lmcache.core.kernels.pinning import Pins
+from lmcache.core.kernels.pinning import pins_of
 from lmcache.core.log import init_logger
 
 if TYPE_CHECKING:
@@ -139,10 +139,14 @@ class _Registrar:
     def __init__(self, driver: Driver, device: int) -> None:
         self._driver = driver
         self._device = device
+        self._bus_id = driver.bus_id(device)
+
+    def stay_near(self) -> None:
+        stay_near(self._bus_id)
 
     def register(self, address: int, size: int) -> None:
         self._driver.bind(self._device)
-        stay_near(self._driver.bus_id(self._device))
+        self.stay_near()
         self._driver.register(address, size)
 
     def unregister(self, address: int) -> None:
@@ -172,22 +176,19 @@ class CudaPages:
         self._driver.bind(device.index)
         self.paths = paths_of(device, self._driver)
         made = CudaDevice(planner, device, self._driver, guard)
-        self._pins = Pins(slab, _Registrar(self._driver, device.index))
-        try:
-            self._ways = BothWays(
-                lambda: AcceleratorPages(
-                    layout,
-                    planner,
-                    made,
-                    slab,
-                    pins=self._pins,
-                    paths=self.paths,
-                    threads=threads,
-                )
+        self._registrar = _Registrar(self._driver, device.index)
+        self._pins = pins_of(slab, self._registrar)
+        self._ways = BothWays(
+            lambda: AcceleratorPages(
+                layout,
+                planner,
+                made,
+                slab,
+                pins=self._pins,
+                paths=self.paths,
+                threads=threads,
             )
-        except BaseException:
-            self._pins.close()
-            raise
+        )
 
     def mark(self) -> torch.cuda.Event:
         """What the calling thread has queued so far, on torch's current stream."""
@@ -205,10 +206,13 @@ class CudaPages:
         self._driver.bind(self._device.index)
         return self._ways.copy(spans, region, to_slab=to_slab, after=after)
 
+    def stay_near(self) -> None:
+        """Next to the device."""
+        self._registrar.stay_near()
+
     def close(self) -> None:
-        """Let go of the slab as well."""
+        """End the threads. What is pinned stays so until the slab is closed."""
         self._ways.close()
-        self._pins.close()
 
 
 def paths_of(device: torch.device, driver: Driver) -> Paths:

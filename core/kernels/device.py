@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lmcache.core.kernels.nearby import stay_on_node
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -47,6 +49,10 @@ class DevicePages:
             for index in chosen:
                 size += self._copy_region(span, index, to_slab=to_slab)
         return size
+
+    def stay_near(self) -> None:
+        """Nobody says where the device is."""
+        stay_on_node()
 
     def close(self) -> None:
         """Let go of the slab."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lmcache.core.kernels.nearby import stay_on_node
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -72,6 +74,10 @@ class HostPages:
         else:
             self._copier.copy(runs.engine, stored, runs.length)
         return runs.total_bytes
+
+    def stay_near(self) -> None:
+        """On the nodes of the engine's main thread."""
+        stay_on_node()
 
     def close(self) -> None:
         """End the threads."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -27,6 +28,11 @@ logger = init_logger(__name__)
 FIRST_BYTES = 1 << 30
 MOST_BYTES = 64 << 30
 """In one registration: some drivers refuse more."""
+
+
+_of_slabs: dict[int, Pins] = {}
+"""By address."""
+_lock = threading.Lock()
 
 
 class Registrar(Protocol):
@@ -97,6 +103,24 @@ class Pins:
         self._ends = []
         for start in reversed(starts[:-1]):
             self._registrar.unregister(self._slab.address + start)
+
+
+def pins_of(slab: Slab, registrar: Registrar) -> Pins:
+    """Those of a slab, for all who copy: memory can be registered once in a process.
+
+    They last until the slab is closed, which waits for the copies under way.
+    """
+    with _lock:
+        if slab.address not in _of_slabs:
+            _of_slabs[slab.address] = Pins(slab, registrar)
+            slab.on_close.append(partial(_close, slab.address))
+        return _of_slabs[slab.address]
+
+
+def _close(address: int) -> None:
+    with _lock:
+        pins = _of_slabs.pop(address)
+    pins.close()
 
 
 def are_held(ends: Int64s, start: Int64s, length: Int64s) -> bool:

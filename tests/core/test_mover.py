@@ -419,6 +419,21 @@ class TestWarming:
         assert slab.touched == slab.size
         slab.close()
 
+    def test_it_is_touched_where_the_copies_are_made(self):
+        slab, order = Slab.create(1 << 20), []
+        populate = slab.populate
+
+        def touch(offset, length):
+            order.append(threading.current_thread().name)
+            populate(offset, length)
+
+        slab.populate = touch
+        warmer = Warmer(slab, stay_near=lambda: order.append("near"))
+        rig.wait_until(lambda: resident(slab) == 1 << 20)
+        warmer.close()
+        assert order == ["near", *["lmcache-warmer"] * 4]
+        slab.close()
+
     def test_nothing_is_overwritten(self):
         slab = Slab.create(1 << 20)
         slab.view[:] = b"\7" * slab.size

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pools
 import pytest
@@ -38,13 +36,10 @@ def slab():
 def forced(pages, path):
     """Have it take one path, and wait until the slab is pinned."""
     pages.paths.forced = path
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with pages._pins.held() as ends:
-            if len(ends) and ends[-1] == pages._pins._slab.size:
-                return pages
-        time.sleep(0.01)
-    raise AssertionError("the slab has not been pinned")
+    pages._pins._thread.join(30)
+    with pages._pins.held() as ends:
+        assert ends.tolist() == [pages._pins._slab.size]
+    return pages
 
 
 @pytest.fixture
@@ -186,6 +181,27 @@ def test_the_slab_is_pinned_and_let_go(slab, device):
     pins.close()
     with pytest.raises(DeviceError):
         driver.device_address(slab.address)
+
+
+def test_a_slab_is_pinned_once_for_all_who_copy(on_gpu, slab, pages_on, caplog):
+    layout = on_gpu(POOLS["sglang-bfloat16-8-16"]()).layout
+    with caplog.at_level("WARNING", "lmcache"):
+        one, other = pages_on(layout, "direct"), pages_on(layout, "kernel")
+    one.close()
+    with other._pins.held() as ends:
+        assert ends.tolist() == [slab.size]
+    assert not caplog.records
+
+
+def test_memory_is_touched_next_to_the_device(on_gpu, pages_on, monkeypatch):
+    from lmcache.core.kernels import cuda, nearby
+
+    said = []
+    monkeypatch.setattr(cuda, "stay_near", said.append)
+    copies = pages_on(on_gpu(POOLS["sglang-bfloat16-8-16"]()).layout, "direct")
+    copies.stay_near()
+    assert set(said) == {said[-1]}
+    assert (nearby.DEVICES / said[-1].lower() / "vendor").read_text() == "0x10de\n"
 
 
 def test_fp8_is_what_torch_has(device):

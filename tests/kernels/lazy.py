@@ -31,7 +31,9 @@ class Stream:
         self.queue = deque()
 
     def copy(self, target, source, length, *, stays):
-        self._add(lambda: self.device.copy_runs(target, source, length))
+        early = self.device.read_early(source, length) if stays else None
+        source = source if early is None else early.runs
+        self._add(lambda kept=early: self.device.copy_runs(target, source, length))
 
     def launch(self, regions, pages, *, to_stored):
         def work():
@@ -108,6 +110,16 @@ class LazyDevice:
     def place(self, pages, region):
         [shape] = [s for s in self.planner.shapes if region in s.members]
         return shape.place(pages, region)
+
+    def read_early(self, source, length):
+        """What stays as it is may be read at once, whatever is queued before; or it is not."""
+        with self.lock:
+            if self.random.random() < 0.5:
+                return None
+            early = Memory(int(length.sum()))
+            early.runs = np.cumsum(length) - length + early.address
+            self.copy_runs(early.runs, source, length)
+            return early
 
     def copy_runs(self, target, source, length):
         for a, b, n in zip(target.tolist(), source.tolist(), length.tolist(), strict=True):

@@ -83,10 +83,16 @@ AXES = "LBHNC"
 VLLM_ORDERS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
 
 
-def vllm(order, dtype, heads, tokens, head_size=16, layers=2):
-    """vLLM 0.29 and later: K and V packed into the last axis, six orders of memory."""
+def vllm(order, dtype, heads, tokens, head_size=16, layers=2, padding=0):
+    """vLLM 0.29 and later: K and V packed into the last axis, six orders of memory.
+
+    With `padding`, so many elements follow what lies inside a page.
+    """
     count = {"L": layers, "B": PAGES, "H": heads, "N": tokens, "C": 2 * head_size}
-    stride = dict(zip(order, contiguous([count[axis] for axis in order]), strict=True))
+    stride, extent = {}, 1
+    for axis in reversed(order):
+        stride[axis] = extent = extent + padding * (axis == "B")
+        extent *= count[axis]
     views = [
         (layer * stride["L"], [count[a] for a in AXES[1:]], [stride[a] for a in AXES[1:]])
         for layer in range(layers)

@@ -39,6 +39,9 @@ class Registrar:
 
     def register(self, address, size):
         self.may_go_on.wait()
+        for start, length in self.pieces:
+            if start < address + size and address < start + length:
+                raise DeviceError("cuMemHostRegister failed with 712: already registered")
         if sum(size for _, size in self.pieces) + size > self.room:
             raise DeviceError("cuMemHostRegister failed with 2: out of memory")
         self.pieces.append((address, size))
@@ -336,6 +339,39 @@ def test_memory_stays_pinned_while_it_is_copied(slab, pins_of):
         assert closing.is_alive()
         assert len(registrar.pieces) == 4
     closing.join(5)
+    assert not registrar.pieces
+
+
+def test_a_slab_is_pinned_once_whoever_copies_and_let_go_before_it_is_unmapped(caplog):
+    slab = Slab.create(SLAB)
+    first, second = Registrar(), Registrar()
+    pins = pinning.pins_of(slab, first)
+    pins._thread.join(5)
+    assert pinning.pins_of(slab.lend(), second) is pins
+    assert not second.pieces
+    let_go = threading.Thread(target=slab.close)
+    with pins.held() as ends:
+        assert ends.tolist() == [SLAB]
+        let_go.start()
+        let_go.join(0.2)
+        assert first.pieces == [(slab.address, SLAB)]
+        assert slab.view[0] == 0, "it is still mapped"
+    let_go.join(5)
+    assert not first.pieces
+    with pytest.raises(ValueError, match="released"):
+        slab.view[0]
+    assert not caplog.records
+
+
+def test_another_slab_at_the_same_address_is_pinned_anew():
+    slab = Slab.create(SLAB)
+    pinning.pins_of(slab, Registrar())
+    slab.close()
+    again, registrar = Slab.create(SLAB), Registrar()
+    again.address = slab.address
+    pinning.pins_of(again, registrar)._thread.join(5)
+    assert registrar.pieces == [(slab.address, SLAB)]
+    again.close()
     assert not registrar.pieces
 
 

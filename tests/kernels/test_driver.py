@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
-import threading
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ import pytest
 from lmcache.core.errors import DeviceError
 from lmcache.core.kernels import driver
 from lmcache.core.kernels.driver import Driver
-from lmcache.core.kernels.nearby import stay_near
 
 STREAM = 0x1234
 BATCH = ctypes.CFUNCTYPE(
@@ -235,28 +232,6 @@ def test_a_stream_of_its_own():
 
 def test_where_it_is_plugged_in():
     assert Driver(Library()).bus_id(1) == "0000:29:00.0"
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
-@pytest.mark.parametrize("said", ["{first}", "{first}-{first},4000-4001", "nonsense", "4000", None])
-def test_a_thread_stays_near_its_device(tmp_path, said):
-    """And where it was if the system does not say, or names processors we may not use."""
-    allowed = os.sched_getaffinity(0)
-    first = min(allowed)
-    if said:
-        folder = tmp_path / "0000:0a:00.0"
-        folder.mkdir()
-        (folder / "local_cpulist").write_text(said.format(first=first) + "\n")
-    seen = []
-
-    def thread():
-        stay_near("0000:0A:00.0", tmp_path)
-        seen.append(os.sched_getaffinity(0))
-
-    running = threading.Thread(target=thread)
-    running.start()
-    running.join()
-    assert seen == [{first} if said and "{first}" in said else allowed]
 
 
 def test_memory_is_shared_by_whole_allocations():

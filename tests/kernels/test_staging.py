@@ -153,6 +153,23 @@ def test_an_error_leaves_nothing_to_later_calls(house):
     assert (at.slab == at.expected_slab()).all()
 
 
+@pytest.mark.parametrize("to_slab", [True, False])
+def test_after_an_error_nothing_is_under_way(house, monkeypatch, to_slab):
+    """Or it would land in pages or slots that are somebody else's by then."""
+    at = house(POOLS["layers"], 0, "pinned", 700)
+    monkeypatch.setattr(at.device, "maybe_run", lambda: None)
+
+    def breaks(tiles):
+        yield next(tiles)
+        raise DeviceError("lost")
+
+    move = at.staging.store if to_slab else at.staging.load
+    with pytest.raises(DeviceError, match="lost"):
+        move(breaks(at.tiler.tiles(at.spans)), at.held, None)
+    assert at.device.copied
+    assert not any(stream.queue for stream in at.device.streams)
+
+
 @given(
     tile_bytes=st.integers(1, 1 << 16),
     spans=st.lists(

@@ -63,6 +63,9 @@ class GpuPages(BothWays):
     def mark(self):
         return self._gpu.stream.record()
 
+    def stay_near(self):
+        """It is everywhere."""
+
     def copy(self, spans, region, *, to_slab, after=None):
         if to_slab and self._gpu.rng.random() < 0.5:
             time.sleep(self._gpu.rng.random() * LATEST_S)
