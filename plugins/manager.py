@@ -49,6 +49,9 @@ BUILTINS = (
     "lmcache.backends.disk",
     "lmcache.backends.redis",
     "lmcache.backends.zlib_codec",
+    "lmcache.backends.zstd_codec",
+    "lmcache.backends.lz4_codec",
+    "lmcache.backends.fp8_codec",
     "lmcache.adapters.vllm",
     "lmcache.cli.commands",
 )

@@ -1,4 +1,4 @@
-"""What the author of a storage backend or an eviction policy needs to prove that it behaves.
+"""What the author of a storage backend, an eviction policy or a codec needs to prove that it behaves.
 
     from lmcache.testing import BackendSuite
 
@@ -17,10 +17,12 @@ import pytest
 # before the import, or a failure elsewhere reads "AssertionError" and nothing else
 pytest.register_assert_rewrite(
     "lmcache.testing.backend_suite",
+    "lmcache.testing.codec_suite",
     "lmcache.testing.eviction_suite",
 )
 
 from lmcache.testing.backend_suite import BackendSuite  # noqa: E402
+from lmcache.testing.codec_suite import CodecSuite  # noqa: E402
 from lmcache.testing.eviction_suite import EvictionPolicySuite  # noqa: E402
 
-__all__ = ["BackendSuite", "EvictionPolicySuite"]
+__all__ = ["BackendSuite", "CodecSuite", "EvictionPolicySuite"]
