@@ -145,9 +145,7 @@ def _planes(body: memoryview, count: int) -> Iterator[memoryview]:
         start += length
 
 
-def _unpacked(
-    unpack: Callable[[memoryview, Bytes], None], packed: memoryview, size: int
-) -> Bytes:
+def _unpacked(unpack: Callable[[memoryview, Bytes], None], packed: memoryview, size: int) -> Bytes:
     if len(packed) == size:
         return np.frombuffer(packed, np.uint8)
     plane = np.empty(size, np.uint8)

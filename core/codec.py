@@ -27,9 +27,9 @@ class Codec(ABC):
     def decode_into(self, packed: memoryview, out: memoryview) -> int | None:
         """Unpack into the front of `out` and return the length in bytes.
 
-        Returns None, with `out` untouched, if the object is larger than `out`. Raises `BackendError`
-        if `packed` is damaged in any way; the front of `out` may hold garbage then. Takes no memory
-        to speak of beyond `out`, whatever `packed` says.
+        Returns None, with `out` untouched, if the object is larger than `out`. Raises
+        `BackendError` if `packed` is damaged in any way; the front of `out` may hold garbage then.
+        Takes little memory beyond `out`, whatever `packed` says.
         """
 
     @abstractmethod

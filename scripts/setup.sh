@@ -75,7 +75,7 @@ torch() {
 
 package() {
     say "Installing lmcache from this checkout, with pytest and the linters (about a minute)"
-    install --editable '.[testing,dev,redis]'
+    install --editable '.[testing,dev,redis,lz4,zstd]'
 }
 
 vllm() {

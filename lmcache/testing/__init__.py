@@ -1,4 +1,4 @@
-"""What the author of a storage backend, an eviction policy or a codec needs to prove that it behaves.
+"""What authors of storage backends, eviction policies and codecs need to prove that they behave.
 
     from lmcache.testing import BackendSuite
 

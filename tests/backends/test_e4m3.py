@@ -73,7 +73,7 @@ def test_the_error_is_bounded(dtype):
 def test_what_went_through_once_goes_through_unchanged(dtype):
     torch.manual_seed(2)
     numbers = (torch.randn(100 * BLOCK) * 30).to(getattr(torch, dtype))
-    once, packed = through(numbers, dtype)
+    once, _ = through(numbers, dtype)
     twice, _ = through(once, dtype)
     assert torch.equal(once, twice)
 

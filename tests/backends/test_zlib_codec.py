@@ -20,9 +20,11 @@ class TestZlib(CodecSuite):
         return CODEC
 
 
-def decoded(packed: bytes, room: int) -> bytes:
+def decoded(packed: bytes, room: int) -> bytes | None:
     out = memoryview(bytearray([0xA5]) * room)
     length = CODEC.decode_into(memoryview(packed), out)
+    if length is None:
+        return None
     assert out[length:] == bytes([0xA5]) * (room - length)
     return bytes(out[:length])
 
@@ -38,7 +40,8 @@ def test_damage_is_an_error(data, draw):
     packed = bytearray(CODEC.encode(memoryview(data)))
     packed[draw.draw(st.integers(0, len(packed) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
     try:
-        assert decoded(bytes(packed), len(data)) == data  # a bit that means nothing
+        # a bit that means nothing, or one that makes it longer
+        assert decoded(bytes(packed), len(data)) in (data, None)
     except BackendError:
         pass
 

@@ -57,5 +57,3 @@ def test_a_window_larger_than_any_of_ours_is_refused(codec):
     packed = writer.compress(bytes(100)) + writer.flush()
     with pytest.raises(BackendError, match="damaged"):
         codec.decode_into(crafted(packed), memoryview(bytearray(100)))
-
-
