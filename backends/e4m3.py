@@ -30,7 +30,11 @@ if TYPE_CHECKING:
     Words = NDArray[np.uint16]
     Numbers = NDArray[Any]
 
-DTYPES = {"bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype("<u2"),
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+}
 """What can be packed, by the names of torch."""
 BLOCK = 128
 """Numbers that share a scale."""
@@ -126,7 +130,9 @@ def _narrow(numbers: Numbers) -> Words:
 
 
 def _cut(bits: NDArray[np.uint32]) -> Words:
-    return (bits >> 16).astype(np.uint16) | ((bits & 0xFFFF) != 0)
+    words = (bits >> 16).astype(np.uint16)
+    words |= (bits & 0xFFFF) != 0
+    return words
 
 
 @cache
@@ -162,7 +168,8 @@ def _words() -> Words:
     bits = (_values().view(np.uint32) >> 16).astype(np.int32)
     shifts = (np.arange(256, dtype=np.int32)[:, None] - _TOP) << _MANTISSA
     sizes = np.where(bits, np.clip(bits + shifts, 0, _INFINITE - 1), 0)
-    return np.concatenate((sizes, sizes | 0x8000), axis=1).astype(np.uint16).reshape(-1)
+    words: Words = np.concatenate((sizes, sizes | 0x8000), axis=1).astype(np.uint16)
+    return words.reshape(-1)
 
 
 @cache

@@ -9,9 +9,9 @@ from lmcache.plugins import hookimpl
 from lmcache.plugins.hookspecs import CodecSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
-    from lmcache.backends.planes import Bytes, Pack
+    from lmcache.backends.planes import Pack, Unpack
     from lmcache.core.codec import Codec
 
 
@@ -31,21 +31,23 @@ class Lz4:
         self._block = lz4.block
 
     def packer(self) -> Pack:
-        def pack(plane: Bytes) -> bytes:
+        """What packs planes, for one thread."""
+        def pack(plane: memoryview) -> bytes:
             packed: bytes = self._block.compress(plane, store_size=False)
             return packed
 
         return pack
 
-    def unpacker(self) -> Callable[[memoryview, Bytes], None]:
-        def unpack(packed: memoryview, plane: Bytes) -> None:
+    def unpacker(self) -> Unpack:
+        """What unpacks them, for one thread."""
+        def unpack(packed: memoryview, plane: memoryview) -> None:
             try:
-                data = self._block.decompress(packed, uncompressed_size=plane.size)
+                data = self._block.decompress(packed, uncompressed_size=len(plane))
             except self._block.LZ4BlockError as error:
                 raise BackendError(f"an lz4 object is damaged: {error}") from error
-            if len(data) != plane.size:
+            if len(data) != len(plane):
                 raise BackendError("an lz4 object is damaged: a plane is not as long as it was")
-            plane.data[:] = data
+            plane[:] = data
 
         return unpack
 

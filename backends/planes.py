@@ -11,7 +11,7 @@ is as long as before is not packed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Bytes = NDArray[np.uint8]
-    Pack = Callable[[Bytes], bytes]
+    Pack = Callable[[memoryview], bytes]
+    Unpack = Callable[[memoryview, memoryview], None]
 
 BLOCK = 1 << 20
 """Bytes cut into planes at a time: they fit a processor's cache."""
-WORDS = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
+WORDS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
 _LENGTH = np.dtype("<u4")
 _PROBES = 8
 _PROBE = 4096
@@ -38,7 +39,7 @@ _WORTH = 0.98
 
 
 class Compressor(Protocol):
-    """Packs planes. Unlike it, what it returns serves one thread at a time."""
+    """Makes functions that pack and unpack planes, each of them for one thread."""
 
     name: str
     mark: bytes
@@ -47,7 +48,7 @@ class Compressor(Protocol):
     def packer(self) -> Pack:
         """A function that packs a plane."""
 
-    def unpacker(self) -> Callable[[memoryview, Bytes], None]:
+    def unpacker(self) -> Unpack:
         """A function that fills a plane with what a packed one holds, or raises `BackendError`."""
 
 
@@ -65,7 +66,7 @@ class PlaneCodec(Codec):
         planes: list[bytes] = []
         for block in _blocks(whole):
             for plane, packs in zip(_split(block, len(worth)), worth, strict=True):
-                packed = pack(plane) if packs else b""
+                packed = pack(plane.data) if packs else b""
                 planes.append(packed if 0 < len(packed) < plane.size else plane.tobytes())
         table = np.array([len(plane) for plane in planes], _LENGTH)
         return wrap(self._compressor.mark, len(worth), whole.size, [table.tobytes(), *planes])
@@ -106,7 +107,7 @@ def _plan(pack: Pack, whole: Bytes) -> list[bool]:
     for width in WORDS:
         if whole.size % width:
             break
-        shares = [min(1.0, len(pack(p)) / max(1, p.size)) for p in _split(sample, width)]
+        shares = [min(1.0, len(pack(p.data)) / max(1, p.size)) for p in _split(sample, width)]
         rest = sum(shares) / width * sample.size
         if rest <= best * _WORTH:
             best, plan = rest, [share <= _WORTH for share in shares]
@@ -145,9 +146,9 @@ def _planes(body: memoryview, count: int) -> Iterator[memoryview]:
         start += length
 
 
-def _unpacked(unpack: Callable[[memoryview, Bytes], None], packed: memoryview, size: int) -> Bytes:
+def _unpacked(unpack: Unpack, packed: memoryview, size: int) -> Bytes:
     if len(packed) == size:
         return np.frombuffer(packed, np.uint8)
     plane = np.empty(size, np.uint8)
-    unpack(packed, plane)
+    unpack(packed, plane.data)
     return plane

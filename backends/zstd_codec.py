@@ -9,9 +9,9 @@ from lmcache.plugins import hookimpl
 from lmcache.plugins.hookspecs import CodecSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
-    from lmcache.backends.planes import Bytes, Pack
+    from lmcache.backends.planes import Pack, Unpack
     from lmcache.core.codec import Codec
 
 _LEVEL = 1
@@ -36,20 +36,22 @@ class Zstd:
         self._zstd = zstandard
 
     def packer(self) -> Pack:
+        """What packs planes, for one thread."""
         parameters = self._zstd.ZstdCompressionParameters.from_level(_LEVEL, **_FEW_MATCHES)
         return self._zstd.ZstdCompressor(compression_params=parameters).compress
 
-    def unpacker(self) -> Callable[[memoryview, Bytes], None]:
+    def unpacker(self) -> Unpack:
+        """What unpacks them, for one thread."""
         decoder = self._zstd.ZstdDecompressor(max_window_size=1 << 20)
 
-        def unpack(packed: memoryview, plane: Bytes) -> None:
+        def unpack(packed: memoryview, plane: memoryview) -> None:
             try:
                 with decoder.stream_reader(packed) as reader:
                     size = reader.readinto(plane)
                     rest = reader.read(1)
             except self._zstd.ZstdError as error:
                 raise BackendError(f"a zstd object is damaged: {error}") from error
-            if size != plane.size or rest:
+            if size != len(plane) or rest:
                 raise BackendError("a zstd object is damaged: a plane is not as long as it was")
 
         return unpack

@@ -34,8 +34,8 @@ CHUNK = 256
 PAGE = 16
 ROUNDS = 7
 CODECS = ("zlib", "zstd", "lz4", "fp8")
-QUESTIONS = 8
-ANSWER = 64
+QUESTIONS = 4
+ANSWER = 32
 
 
 def document(tokenizer, first=0, count=TOKENS):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lmcache.core.keys import ChunkKey
 
 KEPT = 4
-"""Buffers kept for the next reads: as many as threads read from the tiers."""
+"""Buffers kept for the next reads: as many as a tier has threads that read."""
 
 
 class Packed(StorageBackend):

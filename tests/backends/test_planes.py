@@ -21,14 +21,14 @@ class Runs:
 
     def packer(self):
         def pack(plane):
-            value = plane[:1].tobytes()
-            return value if plane.tobytes() == value * plane.size else plane.tobytes() + b"x"
+            value = bytes(plane[:1])
+            return value if plane == value * len(plane) else bytes(plane) + b"x"
 
         return pack
 
     def unpacker(self):
         def unpack(packed, plane):
-            plane[:] = packed[0]
+            plane[:] = bytes(packed) * len(plane)
 
         return unpack
 
