@@ -32,6 +32,7 @@ class Lz4:
 
     def packer(self) -> Pack:
         """What packs planes, for one thread."""
+
         def pack(plane: memoryview) -> bytes:
             packed: bytes = self._block.compress(plane, store_size=False)
             return packed
@@ -40,6 +41,7 @@ class Lz4:
 
     def unpacker(self) -> Unpack:
         """What unpacks them, for one thread."""
+
         def unpack(packed: memoryview, plane: memoryview) -> None:
             try:
                 data = self._block.decompress(packed, uncompressed_size=len(plane))
