@@ -28,7 +28,7 @@ class ZlibCodec(Codec):
         packed = zlib.compress(data, _LEVEL)
         return packed if len(packed) <= self.max_encoded_size(data.nbytes) else _store(data)
 
-    def decode_into(self, packed: memoryview, out: memoryview) -> int:
+    def decode_into(self, packed: memoryview, out: memoryview) -> int | None:
         decoder = zlib.decompressobj()
         try:
             # one byte more than fits, or the decoder stops before it has checked the checksum
@@ -36,7 +36,7 @@ class ZlibCodec(Codec):
         except zlib.error as error:
             raise BackendError(f"a zlib object is damaged: {error}") from error
         if len(data) > out.nbytes:
-            raise BackendError(f"a zlib object does not fit a buffer of {out.nbytes} bytes")
+            return None
         if not decoder.eof or decoder.unused_data:
             raise BackendError("a zlib object is damaged: its end is not where it should be")
         if data:

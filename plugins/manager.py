@@ -51,6 +51,9 @@ BUILTINS = (
     "lmcache.backends.s3",
     "lmcache.backends.mooncake",
     "lmcache.backends.zlib_codec",
+    "lmcache.backends.zstd_codec",
+    "lmcache.backends.lz4_codec",
+    "lmcache.backends.fp8_codec",
     "lmcache.adapters.vllm",
     "lmcache.cli.commands",
 )

@@ -76,7 +76,7 @@ torch() {
 
 package() {
     say "Installing lmcache from this checkout, with pytest and the linters (about a minute)"
-    install --editable '.[testing,dev,redis,s3,mooncake]'
+    install --editable '.[testing,dev,redis,s3,mooncake,lz4,zstd]'
 }
 
 vllm() {

@@ -1,4 +1,4 @@
-"""What the author of a storage backend or an eviction policy needs to prove that it behaves.
+"""What authors of storage backends, eviction policies and codecs need to prove that they behave.
 
     from lmcache.testing import BackendSuite
 
@@ -17,10 +17,12 @@ import pytest
 # before the import, or a failure elsewhere reads "AssertionError" and nothing else
 pytest.register_assert_rewrite(
     "lmcache.testing.backend_suite",
+    "lmcache.testing.codec_suite",
     "lmcache.testing.eviction_suite",
 )
 
 from lmcache.testing.backend_suite import BackendStateMachine, BackendSuite  # noqa: E402
+from lmcache.testing.codec_suite import CodecSuite  # noqa: E402
 from lmcache.testing.eviction_suite import EvictionPolicySuite  # noqa: E402
 
-__all__ = ["BackendStateMachine", "BackendSuite", "EvictionPolicySuite"]
+__all__ = ["BackendStateMachine", "BackendSuite", "CodecSuite", "EvictionPolicySuite"]

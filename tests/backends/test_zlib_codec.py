@@ -9,13 +9,22 @@ from hypothesis import strategies as st
 
 from lmcache.backends.zlib_codec import ZlibCodec, lmcache_codecs
 from lmcache.core.errors import BackendError
+from lmcache.testing import CodecSuite
 
 CODEC = ZlibCodec()
 
 
-def decoded(packed: bytes, room: int) -> bytes:
+class TestZlib(CodecSuite):
+    @pytest.fixture
+    def codec(self):
+        return CODEC
+
+
+def decoded(packed: bytes, room: int) -> bytes | None:
     out = memoryview(bytearray([0xA5]) * room)
     length = CODEC.decode_into(memoryview(packed), out)
+    if length is None:
+        return None
     assert out[length:] == bytes([0xA5]) * (room - length)
     return bytes(out[:length])
 
@@ -31,7 +40,8 @@ def test_damage_is_an_error(data, draw):
     packed = bytearray(CODEC.encode(memoryview(data)))
     packed[draw.draw(st.integers(0, len(packed) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
     try:
-        assert decoded(bytes(packed), len(data)) == data  # a bit that means nothing
+        # a bit that means nothing, or one that makes it longer
+        assert decoded(bytes(packed), len(data)) in (data, None)
     except BackendError:
         pass
 
@@ -71,14 +81,6 @@ def test_views_of_any_format():
     assert out.tobytes() == data.tobytes()
 
 
-def test_a_buffer_too_small_is_an_error_and_stays_as_it_was():
-    packed = CODEC.encode(memoryview(bytes(100)))
-    out = memoryview(bytearray([0xA5]) * 99)
-    with pytest.raises(BackendError, match="does not fit a buffer of 99 bytes"):
-        CODEC.decode_into(memoryview(packed), out)
-    assert out == bytes([0xA5]) * 99
-
-
 def test_what_follows_the_object_is_an_error():
     packed = CODEC.encode(memoryview(b"object"))
     with pytest.raises(BackendError, match="its end is not where it should be"):
@@ -87,8 +89,7 @@ def test_what_follows_the_object_is_an_error():
 
 def test_a_bomb_is_not_unpacked():
     packed = zlib.compress(bytes(64 << 20), 9)
-    with pytest.raises(BackendError, match="does not fit"):
-        decoded(packed, 1000)
+    assert CODEC.decode_into(memoryview(packed), memoryview(bytearray(1000))) is None
 
 
 def test_it_is_offered():
