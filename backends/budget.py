@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache.backends.ledger import Ledger
 from lmcache.backends.survey import Survey
-from lmcache.backends.tree import charge_of, claim, leaf_of, path_of
+from lmcache.backends.tree import allocate, charge_of, claim, leaf_of, path_of
 from lmcache.core.errors import BackendError
 
 if TYPE_CHECKING:
@@ -77,17 +77,39 @@ class Budget:
 
         `flags` are for opening the file.
         """
+        if charge_of(size) > self._max_size:
+            return None
+        stem = path_of(self._directory, name).removesuffix(".kv")
+        path = f"{stem}.{secrets.token_hex(8)}.tmp"
+        try:
+            fd = claim(path, flags)
+        except FileNotFoundError:
+            with self._ledger:  # it knows whether the whole directory is gone
+                raise
+        try:
+            if self._charge(leaf_of(name), fd, size):
+                return Reservation(name, path, fd, charge_of(size))
+        except BaseException:
+            _discard(path, fd)
+            raise
+        _discard(path, fd)
+        return None
+
+    def _charge(self, leaf: int, fd: int, size: int) -> bool:
+        """Charge for an empty file and give it its blocks; False if there is no room."""
         charge, more = charge_of(size), True
         while True:
             with self._ledger:
                 short = self._shortage(charge)
                 if short > self._ledger.used:
-                    return None
+                    return False
                 if self._evict(short) <= 0:
                     fits = self._shortage(charge) <= 0
-                    return self._create(name, size, flags) if fits else None
+                    if fits:
+                        self._allocate(leaf, fd, size)
+                    return fits
             if not more:
-                return None
+                return False
             more = self._survey.wait()
 
     def commit(self, reservation: Reservation) -> None:
@@ -162,13 +184,18 @@ class Budget:
         self._ledger.charge(leaf_of(name), -freed)
         return freed
 
-    def _create(self, name: str, size: int, flags: int) -> Reservation:
-        path = path_of(self._directory, name).removesuffix(".kv")
-        path = f"{path}.{secrets.token_hex(8)}.tmp"
-        leaf, charge = leaf_of(name), charge_of(size)
+    def _allocate(self, leaf: int, fd: int, size: int) -> None:
+        charge = charge_of(size)
         self._ledger.charge(leaf, charge)
         try:
-            return Reservation(name, path, claim(path, size, flags), charge)
+            allocate(fd, size)
         except BaseException:
+            os.ftruncate(fd, 0)
             self._ledger.charge(leaf, -charge)
             raise
+
+
+def _discard(path: str, fd: int) -> None:
+    os.close(fd)
+    with suppress(FileNotFoundError):
+        os.unlink(path)

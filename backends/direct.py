@@ -35,6 +35,8 @@ class Transfer:
         self.flags = _DIRECT if direct else 0
         """For `os.open`."""
         self._spares: deque[memoryview] = deque()
+        if direct:
+            _address(memoryview(b" "))  # loads numpy now, rather than while an object waits
 
     def write(self, fd: int, data: memoryview) -> None:
         """Make `data` the content of a new file."""

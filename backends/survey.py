@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _CANDIDATES = 32768
 """Kept from one survey: some 10 MB, and as many evictions share its cost."""
 _STALE_S = 3600
+_YOUNG_S = 60
 
 
 class Candidate(NamedTuple):
@@ -136,7 +137,11 @@ class Survey:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 found = os.fstat(fd)
-                if time.time() - found.st_mtime <= _STALE_S and _is_held(fd):
+                age_s = time.time() - found.st_mtime
+                # one that weighs nothing yet may be about to be locked
+                if age_s <= _YOUNG_S and not found.st_size:
+                    return False
+                if age_s <= _STALE_S and _is_held(fd):
                     return False
                 os.unlink(path)
                 self._ledger.charge(leaf, -charge_of(found.st_size))

@@ -45,17 +45,26 @@ def charge_of(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
 
 
-def claim(path: str, size: int, flags: int) -> int:
-    """Open a new file of `size` bytes for writing, and lock it for as long as it is open."""
+def claim(path: str, flags: int) -> int:
+    """Open a new, empty file for writing, and lock it for as long as it is open."""
     fd = _create(path, flags)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _allocate(fd, size)
+        fcntl.flock(fd, fcntl.LOCK_EX)
     except BaseException:
         os.close(fd)
         os.unlink(path)
         raise
     return fd
+
+
+def allocate(fd: int, size: int) -> None:
+    """Give a file its size and, where the file system can, its blocks."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in _NO_FALLOCATE:
+            raise
+        os.ftruncate(fd, size)
 
 
 def touch(fd: int, last_ns: int = 0) -> None:
@@ -103,13 +112,3 @@ def _create(path: str, flags: int) -> int:
             with suppress(FileExistsError):
                 os.mkdir(directory, 0o700)
         return os.open(path, flags, 0o600)
-
-
-def _allocate(fd: int, size: int) -> None:
-    """Give the file its size and, where the file system can, its blocks."""
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if error.errno not in _NO_FALLOCATE:
-            raise
-        os.ftruncate(fd, size)

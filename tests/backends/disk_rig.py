@@ -48,6 +48,11 @@ def files(root: Path, suffix: str) -> list[Path]:
     return [path for path in root.rglob(f"*{suffix}") if path.is_file()]
 
 
+def torn(root: Path) -> list[Path]:
+    """Files that were not finished; what has no bytes yet may be about to be locked."""
+    return [path for path in files(root, ".tmp") if path.stat().st_size]
+
+
 def charged(root: Path) -> int:
     """What our files in `root` weigh, in blocks."""
     ours = files(root, ".kv") + files(root, ".tmp")

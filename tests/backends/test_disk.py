@@ -27,6 +27,7 @@ from disk_rig import (
     present,
     put,
     python,
+    torn,
     used_bytes,
 )
 
@@ -376,17 +377,17 @@ backend.put(key(2), pattern(2, 3 * MB))
 """
         writer = python(code, tmp_path)
         assert writer.stdout.readline() == "half\n"
-        (torn,) = files(tmp_path, ".tmp")
+        (half,) = files(tmp_path, ".tmp")
         with DiskBackend(tmp_path, max_size=10 * MB, min_free=0) as backend:
             # it is being written: it counts, and stays
-            assert torn.exists()
+            assert half.exists()
             assert ledger_and_truth(tmp_path)[0] >= 5 * MB
             writer.kill()
             writer.wait()
             writer.stdout.close()
             assert got(backend, 2) == pattern(2, MB)
         with DiskBackend(tmp_path, max_size=10 * MB, min_free=0) as backend:
-            eventually(lambda: not torn.exists() and is_settled(tmp_path))
+            eventually(lambda: not half.exists() and is_settled(tmp_path))
             assert [got(backend, n) for n in (1, 2)] == [pattern(1, MB), pattern(2, MB)]
             used, truth = ledger_and_truth(tmp_path)
             assert 2 * MB <= used == truth <= 2 * MB + 8192
@@ -416,7 +417,7 @@ for n in range(1_000_000):
         survivor.close()
         with DiskBackend(tmp_path, max_size=cap, min_free=0) as backend:
             assert len(present(backend, range(97))) > 15
-            eventually(lambda: not files(tmp_path, ".tmp") and is_settled(tmp_path))
+            eventually(lambda: not torn(tmp_path) and is_settled(tmp_path))
 
     def test_a_temporary_file_nobody_touched_for_an_hour_goes(self, tmp_path):
         with DiskBackend(tmp_path) as backend:
