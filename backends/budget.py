@@ -100,14 +100,11 @@ class Budget:
         charge, more = charge_of(size), True
         while True:
             with self._ledger:
-                short = self._shortage(charge)
-                if short > self._ledger.used:
-                    return False
-                if self._evict(short) <= 0:
-                    fits = self._shortage(charge) <= 0
-                    if fits:
-                        self._allocate(leaf, fd, size)
-                    return fits
+                fits = self._make_room(charge)
+                if fits:
+                    self._allocate(leaf, fd, size)
+            if fits is not None:
+                return fits
             if not more:
                 return False
             more = self._survey.wait()
@@ -162,6 +159,17 @@ class Budget:
 
     def _excess(self) -> int:
         return self._ledger.used - self._max_size
+
+    def _make_room(self, need: int) -> bool | None:
+        """Evict until `need` more bytes fit; whether they do, or None if only a survey can tell."""
+        short = self._shortage(need)
+        if short <= 0:
+            return True
+        if short > self._ledger.used:
+            return False
+        if self._evict(short) > 0:
+            return None
+        return self._shortage(need) <= 0
 
     def _evict(self, short: int, most: int = sys.maxsize) -> int:
         """Remove `short` bytes of objects; return how many are missing when `most` are gone."""

@@ -78,14 +78,13 @@ class Ledger:
         """Note a change in a leaf, by which its files weigh `size` bytes more, or less."""
         charged, changes = self.leaf(number)
         grown = max(size, -charged)
-        used = self.used + grown
         # a kill between the two leaves the sum too high, and `sum_up` puts it right
         if grown > 0:
-            self._write_used(used)
+            self._add(grown)
         where = _HEAD.size + number * _LEAF.size
         os.pwrite(self.check_open(), _LEAF.pack(charged + grown, changes + 1), where)
         if grown < 0:
-            self._write_used(used)
+            self._add(grown)
 
     def settle(self, number: int, before: Leaf, counted: int) -> bool:
         """Charge a leaf for what was `counted` since `before`; False if it changed meanwhile."""
@@ -108,7 +107,8 @@ class Ledger:
         raw = os.pread(self.check_open(), what.size, where)
         return what.unpack(raw.ljust(what.size, b"\0"))
 
-    def _write_used(self, used: int) -> None:
+    def _add(self, size: int) -> None:
+        used = self.used + size
         os.pwrite(self.check_open(), used.to_bytes(8, "little", signed=True), 8)
 
     def __enter__(self) -> Self:

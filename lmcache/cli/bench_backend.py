@@ -68,15 +68,21 @@ def backend(
 def in_turns(
     store: StorageBackend, fio: Fio | None, case: tuple[int, int, int], rounds: int
 ) -> dict[str, Any]:
-    """The figures of a case (size, depth, count), and how much of fio's they are."""
-    seen = [{**measure(store, *case), **(fio.measure(*case) if fio else {})} for _ in range(rounds)]
-    row: dict[str, Any] = {}
-    for name, value in seen[0].items():
-        values = [figures[name] for figures in seen]
-        row[name] = median(values) if isinstance(value, float) else max(values)
-    for name in ("put", "get") if fio else ():
-        row[f"{name}_of_fio"] = row[f"{name}_gb_s"] / row[f"fio_{name}_gb_s"]
-    return row
+    """Medians of a case (size, depth, count), which the store and fio measure by turns."""
+    seen = []
+    for _ in range(rounds):
+        figures = measure(store, *case)
+        if fio:
+            figures |= fio.measure(*case)
+            for name in ("put", "get"):
+                # of one turn: what the machine does besides changes from one to the next
+                figures[f"{name}_of_fio"] = figures[f"{name}_gb_s"] / figures[f"fio_{name}_gb_s"]
+        seen.append(figures)
+    middle = {name: [figures[name] for figures in seen] for name in seen[0]}
+    return {
+        name: median(values) if isinstance(values[0], float) else max(values)
+        for name, values in middle.items()
+    }
 
 
 def measure(store: StorageBackend, size: int, depth: int, count: int) -> dict[str, Any]:

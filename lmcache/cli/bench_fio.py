@@ -1,8 +1,8 @@
 """What fio reaches in the directory of a file backend, to stand beside what the backend does.
 
-Its files are as new as ours: their blocks are allotted and unwritten when the time begins, and what
-it reads is what it wrote. It passes the page cache if the backend does. A job of it writes one file,
-request by request, where we make a file of each request: what that costs us is ours to bear.
+Its files are as new as ours, with blocks that are allotted and unwritten, and it reads what it
+wrote. It passes the page cache if the backend does. Each of its threads writes one file, made
+before the time begins, request by request; we make a file of each request, and pay for that.
 """
 
 from __future__ import annotations

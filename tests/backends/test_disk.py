@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 
@@ -34,6 +33,7 @@ from disk_rig import (
 from lmcache.backends.disk import DiskBackend, lmcache_backends
 from lmcache.core.errors import BackendClosed, BackendError, ConfigError
 from lmcache.testing import BackendSuite
+
 
 class TestDisk(BackendSuite):
     @pytest.fixture
