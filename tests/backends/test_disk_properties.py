@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
@@ -118,20 +119,21 @@ def is_there(root: Path, n: int) -> bool:
 
 
 TestDirectory = Directory.TestCase
-TestDirectory.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
+TestDirectory.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 2**32), largest=st.integers(1, 70_000), direct=MODES)
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32), largest=st.integers(10_000, 70_000), direct=MODES)
 def test_filled_a_hundred_times_over(tmp_path_factory, seed, largest, direct):
     root, cap = tmp_path_factory.mktemp("cache"), 70_000
     draw, written, n = random.Random(seed), 0, 0
     with DiskBackend(root, max_size=cap, min_free=0, direct=direct) as backend:
-        while written < 100 * cap and n < 1500:
+        while written < 100 * cap and n < 1000:
             size = draw.randint(largest // 2, largest)
             assert put(backend, n, size)
             assert got(backend, n) == pattern(n, size)
-            assert charged(root) <= cap
+            if n % 100 == 0:
+                assert charged(root) <= cap
             written, n = written + size, n + 1
         kept = present(backend, range(n))
         # the newest, as many as there is room for
@@ -147,7 +149,7 @@ def real_disk(where: Path, kind: str):
         return
     image = where.with_suffix(".img")
     image.write_bytes(b"")
-    image.open("r+b").truncate(16 << 20)
+    os.truncate(image, 16 << 20)
     where.mkdir()
     for command in (["mkfs.ext4", "-q", "-F", image], ["mount", "-o", "loop", image, where]):
         if (
