@@ -63,7 +63,7 @@ class Ledger:
     @property
     def is_counted(self) -> bool:
         """Whether all that was there before the ledger has been counted."""
-        return self._read(0, _HEAD)[0] == _COUNTED
+        return bool(self._read(0, _HEAD)[0] == _COUNTED)
 
     @property
     def used(self) -> int:
