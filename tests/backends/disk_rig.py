@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -47,13 +47,20 @@ def files(root: Path, suffix: str) -> list[Path]:
 
 def torn(root: Path) -> list[Path]:
     """Files that were not finished; what has no bytes yet may be about to be locked."""
-    return [path for path in files(root, ".tmp") if path.stat().st_size]
+    return [path for path in files(root, ".tmp") if size_of(path)]
+
+
+def size_of(path: Path) -> int:
+    """0 of one that has just been removed."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
 
 
 def charged(root: Path) -> int:
     """What our files in `root` weigh, in blocks."""
     ours = files(root, ".kv") + files(root, ".tmp")
-    return sum(-(-path.stat().st_size // 4096) * 4096 for path in ours)
+    return sum(-(-size_of(path) // 4096) * 4096 for path in ours)
 
 
 def ledger_and_truth(root: Path) -> tuple[int, int]:
