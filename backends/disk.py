@@ -7,7 +7,9 @@ import os
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, ClassVar
 
-from lmcache.backends.budget import Budget, touch
+from lmcache.backends.budget import Budget
+from lmcache.backends.direct import transfer_beside
+from lmcache.backends.tree import touch
 from lmcache.core.backend import Capabilities, StorageBackend
 from lmcache.core.errors import BackendError, ConfigError
 from lmcache.core.redact import redact_value
@@ -17,7 +19,6 @@ from lmcache.plugins.hookspecs import BackendSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from io import FileIO
 
     from typing_extensions import Self
 
@@ -35,6 +36,9 @@ class DiskBackend(StorageBackend):
     least recently used objects make room. `min_free` bytes of the file system stay free (if not
     given, 1 GB or 5 % of it, whichever is less). A full disk is a refusal, not an error.
 
+    Bytes go past the page cache, unless `direct` is false or the file system cannot do that: the
+    memory that they would take there is better given to the cache.
+
     An object appears by a rename, so it is whole or absent whenever a process is killed. Nothing is
     flushed to the device: after a power failure an object may hold other bytes, which its checksum
     tells the tier. A file that is found shorter than it said is a miss and is removed; only then
@@ -49,46 +53,62 @@ class DiskBackend(StorageBackend):
         *,
         max_size: int | None = None,
         min_free: int | None = None,
+        direct: bool | None = None,
     ) -> None:
-        self._directory = os.fspath(directory)
+        self.directory = os.fspath(directory)
         try:
-            os.makedirs(self._directory, mode=0o700, exist_ok=True)
+            os.makedirs(self.directory, mode=0o700, exist_ok=True)
             if min_free is None:
-                disk = os.statvfs(self._directory)
+                disk = os.statvfs(self.directory)
                 min_free = min(DEFAULT_MIN_FREE, disk.f_blocks * disk.f_frsize // 20)
             if max_size is None:
                 max_size = DEFAULT_MAX_SIZE
-            self._budget = Budget(self._directory, max_size, min_free)
+            self._budget = Budget(self.directory, max_size, min_free)
+            try:
+                self._transfer = transfer_beside(self._budget.ledger_path, direct=direct)
+            except BaseException:
+                self._budget.close()
+                raise
         except OSError as error:
-            raise ConfigError(f"cannot keep objects in {self._directory!r}: {error}") from error
+            raise ConfigError(f"cannot keep objects in {self.directory!r}: {error}") from error
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether bytes go past the page cache."""
+        return self._transfer.direct
 
     @classmethod
     def from_url(cls, url: str) -> Self:
-        """Open `file:///dir?max_size=10GB&min_free=1GB`."""
-        parsed = parse_url(url, options=("max_size", "min_free"))
+        """Open `file:///dir?max_size=10GB&min_free=1GB&direct=false`."""
+        parsed = parse_url(url, options=("max_size", "min_free", "direct"))
         if parsed.host or not parsed.path:
             raise ConfigError(
                 f"{redact_value(url)!r} names no absolute directory; write file:///dir"
             )
-        return cls(parsed.path, max_size=parsed.size("max_size"), min_free=parsed.size("min_free"))
+        return cls(
+            parsed.path,
+            max_size=parsed.size("max_size"),
+            min_free=parsed.size("min_free"),
+            direct=parsed.flag("direct") if "direct" in parsed.options else None,
+        )
 
     def put(self, key: ChunkKey, data: memoryview) -> bool:
         with self._failures():
             try:
-                return self._store(self._budget.path(key.hex()), data)
+                return self._store(key.hex(), data)
             except OSError as error:
                 if error.errno in _NO_ROOM:
                     return False
                 raise
 
-    def _store(self, path: str, data: memoryview) -> bool:
-        reservation = self._budget.reserve(path, data.nbytes)
+    def _store(self, name: str, data: memoryview) -> bool:
+        reservation = self._budget.reserve(name, data.nbytes, self._transfer.flags)
         if reservation is None:
             return False
         try:
-            _write(reservation.fd, data)
+            self._transfer.write(reservation.fd, _flat(data))
             touch(reservation.fd)
-            self._budget.commit(reservation, path)
+            self._budget.commit(reservation)
         except BaseException:
             self._budget.cancel(reservation)
             raise
@@ -99,14 +119,17 @@ class DiskBackend(StorageBackend):
     def get_into(self, key: ChunkKey, out: memoryview) -> int | None:
         path = self._budget.path(key.hex())
         with self._failures(), suppress(FileNotFoundError):
-            with open(path, "rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size > out.nbytes:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | self._transfer.flags)
+            try:
+                found = os.fstat(fd)
+                if found.st_size > out.nbytes:
                     return None
-                if _fill(out, size, file):
-                    touch(file.fileno())
-                    return size
-            self._budget.remove(path)
+                if self._transfer.read(fd, _flat(out)[: found.st_size]):
+                    touch(fd, found.st_mtime_ns)
+                    return found.st_size
+            finally:
+                os.close(fd)
+            self._budget.remove(key.hex())
         return None
 
     def contains(self, key: ChunkKey) -> bool:
@@ -118,7 +141,7 @@ class DiskBackend(StorageBackend):
 
     def remove(self, key: ChunkKey) -> bool:
         with self._failures():
-            return self._budget.remove(self._budget.path(key.hex()))
+            return self._budget.remove(key.hex())
 
     def close(self) -> None:
         self._budget.close()
@@ -129,24 +152,12 @@ class DiskBackend(StorageBackend):
             yield
         except OSError as error:
             reason = error.strerror or error
-            raise BackendError(f"the files in {self._directory!r} failed us: {reason}") from error
+            raise BackendError(f"the files in {self.directory!r} failed us: {reason}") from error
 
 
-def _write(fd: int, data: memoryview) -> None:
-    rest = data.cast("B") if data.nbytes else data
-    while rest.nbytes:
-        rest = rest[os.write(fd, rest) :]
-
-
-def _fill(out: memoryview, size: int, file: FileIO) -> bool:
-    """Read `size` bytes to the front of `out`; False if the file ends before."""
-    rest = out.cast("B")[:size] if size else out[:0]
-    while rest.nbytes:
-        count = file.readinto(rest)
-        if not count:
-            return False
-        rest = rest[count:]
-    return True
+def _flat(view: memoryview) -> memoryview:
+    """The bytes of a view of any shape."""
+    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 @hookimpl

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from model import prepare_model  # noqa: E402
 
 from lmcache.core.keys import ChunkKey  # noqa: E402
-from lmcache.core.objects import HEADER_BYTES, Description, layouts_text, seal  # noqa: E402
+from lmcache.core.objects import HEADER_BYTES, Description, layouts_text, seal, start_header  # noqa: E402
 from lmcache.plugins.manager import PluginManager  # noqa: E402
 
 TOKENS = 1024
@@ -68,7 +68,8 @@ def as_object(chunk):
     )
     view = memoryview(bytearray(HEADER_BYTES + payload.size))
     view[HEADER_BYTES:] = payload.data
-    seal(view, about)
+    start_header(view, about)
+    seal(view)
     return view
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from lmcache.core.backend import StorageBackend
 from lmcache.core.errors import BackendError
-from lmcache.core.payload import reseal
+from lmcache.core.objects import seal
+from lmcache.core.payload import is_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,7 +48,9 @@ class Packed(StorageBackend):
         except BackendError:
             return 0  # no object is that short: the caller takes it for the damage it is
         if size and not self._codec.lossless:
-            reseal(out.cast("B")[:size])
+            unpacked = out.cast("B")[:size]
+            if is_object(unpacked):
+                seal(unpacked)
         return size
 
     def contains(self, key: ChunkKey) -> bool:

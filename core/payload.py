@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 import re
 
-from xxhash import xxh3_64_intdigest
-
 from lmcache.core.objects import HEADER_BYTES, MAGIC, TEXT
-from lmcache.core.slab import WORD
 
-_CHECKSUM = 88
 _REGIONS = re.compile(r"[0-9]+ x [0-9]+ (?:torch\.)?([a-z0-9_]+) \[")
 """How a line about regions in a layout's summary begins: how many, bytes of a page, dtype."""
 
@@ -33,12 +29,3 @@ def dtype_of(header: memoryview) -> str | None:
         return None
     found = {match[1] if (match := _REGIONS.match(line)) else None for line in lines}
     return found.pop() if len(found) == 1 else None
-
-
-def reseal(view: memoryview) -> None:
-    """Give an object whose numbers were changed the checksum of what it holds now.
-
-    All else in its header stays as it was sealed. What is no object is left alone.
-    """
-    if is_object(view):
-        WORD.pack_into(view, _CHECKSUM, xxh3_64_intdigest(view[HEADER_BYTES:]))

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import mmap
 import os
-import shutil
-import subprocess
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import product
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
+from lmcache.cli.bench_fio import Fio, fio_beside
 from lmcache.cli.output import Format, FormatOption, print_json, table
 from lmcache.cli.timing import Plain, spread
 from lmcache.core.errors import BackendError, ConfigError
 from lmcache.core.keys import ChunkKey
 from lmcache.core.redact import redact_value
-from lmcache.core.urls import parse_size, parse_url, take_options
+from lmcache.core.urls import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 
 FIGURES = ("put_gb_s", "put_p50_ms", "put_p99_ms", "get_gb_s", "get_p50_ms", "get_p99_ms")
 
+BESIDE = ("fio_put_gb_s", "put_of_fio", "fio_get_gb_s", "get_of_fio")
+
 
 def backend(
     ctx: typer.Context,
@@ -38,23 +39,25 @@ def backend(
     size: Annotated[list[str] | None, typer.Option(help="Bytes of an object; repeatable.")] = None,
     depth: Annotated[list[int] | None, typer.Option(min=1, help="Threads; repeatable.")] = None,
     total: Annotated[str, typer.Option(help="Bytes of all objects of a row.")] = "256MiB",
+    rounds: Annotated[int, typer.Option(min=1, help="Times each; medians are shown.")] = 3,
     output_format: FormatOption = Format.TERMINAL,
 ) -> None:
     """Put objects of its own at URL, get them back, and compare every byte.
 
-    Beside files stands what fio reaches there with requests of that size, if it is installed. Exits
-    with 1 if anything came back wrong.
+    Beside files stands what fio reaches there with requests of that size, if it is installed; they
+    take turns. Exits with 1 if anything came back wrong.
     """
     plugins: PluginManager = ctx.obj
     sizes = [parse_size(text) for text in size or ("256KiB", "4MiB")]
     everything = parse_size(total)
     if min(sizes) < 1 or max(sizes) > everything:
         raise ConfigError(f"objects of 1 to {everything} bytes can be measured, --total says more")
-    rows = []
     with plugins.open_backend(url) as store:
-        for bytes_each, threads in product(sizes, depth or (1, 4)):
-            row = measure(store, bytes_each, threads, everything // bytes_each)
-            rows.append({**row, **_fio(url, bytes_each, threads, everything)})
+        fio = fio_beside(store)
+        rows = [
+            in_turns(store, fio, (bytes_each, threads, everything // bytes_each), rounds)
+            for bytes_each, threads in product(sizes, depth or (1, 4))
+        ]
     if output_format is Format.JSON:
         print_json({"url": redact_value(url), "rows": rows})
     else:
@@ -62,11 +65,32 @@ def backend(
     raise typer.Exit(1 if any(row["wrong"] for row in rows) else 0)
 
 
+def in_turns(
+    store: StorageBackend, fio: Fio | None, case: tuple[int, int, int], rounds: int
+) -> dict[str, Any]:
+    """Medians of a case (size, depth, count), which the store and fio measure by turns."""
+    seen = []
+    for _ in range(rounds):
+        figures = measure(store, *case)
+        if fio:
+            figures |= fio.measure(*case)
+            for name in ("put", "get"):
+                # of one turn: what the machine does besides changes from one to the next
+                figures[f"{name}_of_fio"] = figures[f"{name}_gb_s"] / figures[f"fio_{name}_gb_s"]
+        seen.append(figures)
+    middle = {name: [figures[name] for figures in seen] for name in seen[0]}
+    return {
+        name: median(values) if isinstance(values[0], float) else max(values)
+        for name, values in middle.items()
+    }
+
+
 def measure(store: StorageBackend, size: int, depth: int, count: int) -> dict[str, Any]:
     """Figures of `count` objects, which are removed again where the backend removes."""
     keys = [ChunkKey(os.urandom(32)) for _ in range(count)]
-    given = np.random.default_rng().integers(0, 256, (count, size), np.uint8)
-    taken = ~given  # other bytes, in memory that is in use
+    given, taken = _rows(count, size), _rows(count, size)
+    given[:] = np.random.default_rng().integers(0, 256, (count, size), np.uint8)
+    taken[:] = ~given  # other bytes, in memory that is in use
     given_views, taken_views = ([memoryview(row) for row in rows] for rows in (given, taken))
     try:
         puts = Calls(depth, count, lambda n: store.put(keys[n], given_views[n]))
@@ -91,6 +115,12 @@ def measure(store: StorageBackend, size: int, depth: int, count: int) -> dict[st
     }
 
 
+def _rows(count: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Memory such as the cache gives to a backend: shared, and every row begins a page."""
+    stride = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    return np.frombuffer(mmap.mmap(-1, count * stride), np.uint8).reshape(count, stride)[:, :size]
+
+
 def _remove(store: StorageBackend, keys: list[ChunkKey]) -> None:
     if store.capabilities.removal:
         for key in keys:
@@ -98,20 +128,21 @@ def _remove(store: StorageBackend, keys: list[ChunkKey]) -> None:
 
 
 class Calls:
-    """Calls `call` with each number, on `depth` threads."""
+    """Calls `call` with each number below `count`, on `depth` threads that take turns."""
 
     def __init__(self, depth: int, count: int, call: Callable[[int], bool]) -> None:
         self.times = [0.0] * count
+        self.answers = [False] * count
 
-        def one(number: int) -> bool:
-            begun = time.perf_counter()
-            answer = call(number)
-            self.times[number] = time.perf_counter() - begun
-            return answer
+        def share(first: int) -> None:
+            for number in range(first, count, depth):
+                begun = time.perf_counter()
+                self.answers[number] = call(number)
+                self.times[number] = time.perf_counter() - begun
 
         with ThreadPoolExecutor(depth) as threads:
             begun = time.perf_counter()
-            self.answers = list(threads.map(one, range(count)))
+            list(threads.map(share, range(depth)))
             self.seconds = time.perf_counter() - begun
 
     def figures(self, name: str, size: int) -> dict[str, float]:
@@ -125,30 +156,9 @@ class Calls:
         }
 
 
-def _fio(url: str, size: int, depth: int, total: int) -> dict[str, float]:
-    """What fio reaches in the same directory, through the page cache as well."""
-    if not url.startswith("file:") or shutil.which("fio") is None:
-        return {}
-    bare, _ = take_options(
-        url, [part.partition("=")[0] for part in url.partition("?")[2].split("&")]
-    )
-    figures = {}
-    with tempfile.TemporaryDirectory(dir=parse_url(bare).path) as folder:
-        for job, name in (("write", "put"), ("read", "get")):
-            command = ["fio", "--name=lmcache", f"--directory={folder}", f"--rw={job}"]
-            command += [f"--bs={size}", f"--numjobs={depth}", "--ioengine=psync", "--thread"]
-            command += [f"--size={total // size // depth * size or size}", "--invalidate=0"]
-            command += ["--group_reporting", "--output-format=json"]
-            done = subprocess.run(command, capture_output=True, check=False, text=True)  # noqa: S603
-            if done.returncode:
-                raise ConfigError(f"fio cannot run in {folder}: {done.stderr.strip()[:200]}")
-            figures[f"fio_{name}_gb_s"] = json.loads(done.stdout)["jobs"][0][job]["bw_bytes"] / 1e9
-    return figures
-
-
 def _shown(rows: list[dict[str, Any]]) -> str:
     header = ["size", "depth", "objects", "refused", "missed", "wrong", *FIGURES, "memcpy_gb_s"]
-    header += [name for name in ("fio_put_gb_s", "fio_get_gb_s") if name in rows[0]]
+    header += [name for name in BESIDE if name in rows[0]]
     cells = [[row[name] for name in header] for row in rows]
     shown = [[f"{c:.3f}" if isinstance(c, float) else c for c in line] for line in cells]
     return table(header, shown)

@@ -12,8 +12,8 @@ import pytest
 
 from lmcache.core.errors import BackendError
 from lmcache.core.keys import ChunkKey
-from lmcache.core.objects import HEADER_BYTES, Description, layouts_text, seal
-from lmcache.testing.backend_suite import at_once, blank
+from lmcache.core.objects import HEADER_BYTES, Description, layouts_text, seal, start_header
+from lmcache.testing.backend_suite.tools import at_once, blank
 
 if TYPE_CHECKING:
     from lmcache.core.codec import Codec
@@ -49,7 +49,8 @@ def stored_object(dtype: str, size: int = 5000) -> memoryview:
     key, root = ChunkKey(os.urandom(32)), ChunkKey(os.urandom(32))
     about = Description(key, root, os.urandom(32), 1, size, layouts_text([layout]))
     view = memoryview(bytearray(HEADER_BYTES) + numbers(size, dtype))
-    seal(view, about)
+    start_header(view, about)
+    seal(view)
     return view
 
 

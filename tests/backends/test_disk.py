@@ -2,25 +2,37 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
+from disk_rig import (
+    MB,
+    charged,
+    eventually,
+    files,
+    free_bytes,
+    got,
+    grow_old,
+    is_settled,
+    key,
+    ledger_and_truth,
+    mounted,
+    pattern,
+    present,
+    put,
+    python,
+    torn,
+    used_bytes,
+)
 
 from lmcache.backends.disk import DiskBackend, lmcache_backends
-from lmcache.backends.ledger import Ledger
 from lmcache.core.errors import BackendClosed, BackendError, ConfigError
 from lmcache.testing import BackendSuite
-
-MB = 1_000_000
 
 
 class TestDisk(BackendSuite):
@@ -29,81 +41,10 @@ class TestDisk(BackendSuite):
         return f"file://{tmp_path}/cache"
 
 
-def key(n: int) -> bytes:
-    return hashlib.sha256(b"%d" % n).digest()
-
-
-def pattern(n: int, size: int) -> memoryview:
-    """Bytes that tell which object they belong to, wherever they are cut."""
-    return memoryview((key(n) * (size // 32 + 1))[:size])
-
-
-def put(backend: DiskBackend, n: int, size: int) -> bool:
-    return backend.put(key(n), pattern(n, size))
-
-
-def got(backend: DiskBackend, n: int, room: int = 4 * MB) -> bytes | None:
-    out = memoryview(bytearray(room))
-    size = backend.get_into(key(n), out)
-    return None if size is None else bytes(out[:size])
-
-
-def present(backend: DiskBackend, numbers: range) -> list[int]:
-    return [n for n in numbers if backend.contains(key(n))]
-
-
-def files(root: Path, suffix: str) -> list[Path]:
-    return [path for path in root.rglob(f"*{suffix}") if path.is_file()]
-
-
-def charged(root: Path) -> int:
-    """What our files in `root` weigh, in blocks."""
-    ours = files(root, ".kv") + files(root, ".tmp")
-    return sum(-(-path.stat().st_size // 4096) * 4096 for path in ours)
-
-
-def ledger_and_truth(root: Path) -> tuple[int, int]:
-    ledger = Ledger(f"{root}/usage")
-    with ledger:
-        result = ledger.used, charged(root)
-    ledger.close()
-    return result
-
-
-@contextmanager
-def mounted(where: Path, options: str):
-    """A small file system of its own, whose use of space is one number at every instant."""
-    where.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("may not mount a tmpfs here")
-    try:
-        yield where
-    finally:
-        subprocess.run(["umount", str(where)], check=True)
-
-
-def used_bytes(root: Path) -> int:
-    disk = os.statvfs(root)
-    return (disk.f_blocks - disk.f_bfree) * disk.f_frsize
-
-
-def free_bytes(root: Path) -> int:
-    disk = os.statvfs(root)
-    return disk.f_bavail * disk.f_frsize
-
-
-def python(code: str, *args: object) -> subprocess.Popen[str]:
-    """A real process that runs `code` in the names of this file."""
-    prelude = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("test_disk", {__file__!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-globals().update(vars(module))
-"""
-    command = [sys.executable, "-c", prelude + code, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+class TestDiskThroughThePageCache(BackendSuite):
+    @pytest.fixture
+    def open_backend(self, tmp_path):
+        return lambda: DiskBackend.from_url(f"file://{tmp_path}/cache?direct=false")
 
 
 class TestFiles:
@@ -137,8 +78,12 @@ class TestFiles:
         for path in foreign:
             path.write_bytes(b"x" * 10_000)
             os.utime(path, (0, 0))
-        (leaf / f"{key(2).hex()}.kv").symlink_to(tmp_path / "README")
-        (leaf / f"{key(3).hex()}.kv").mkdir()
+        stranger = leaf / f"{key(2).hex()}.kv"  # its name begins like those of another leaf
+        stranger.write_bytes(b"x" * 10_000)
+        foreign.append(stranger)
+        link, folder = (leaf / f"{name[:60]}{end}.kv" for end in ("0000", "1111"))
+        link.symlink_to(tmp_path / "README")
+        folder.mkdir()
         with DiskBackend(tmp_path, max_size=MB, min_free=0) as backend:
             assert ledger_and_truth(tmp_path)[0] == 0
             for n in range(10, 40):
@@ -148,8 +93,8 @@ class TestFiles:
                 p for p in files(tmp_path, ".kv") if p not in foreign and not p.is_symlink()
             ]
         assert all(path.read_bytes() == b"x" * 10_000 for path in foreign)
-        assert (leaf / f"{key(2).hex()}.kv").is_symlink()
-        assert (leaf / f"{key(3).hex()}.kv").is_dir()
+        assert link.is_symlink()
+        assert folder.is_dir()
 
     def test_one_that_vanishes_is_a_miss(self, tmp_path):
         with DiskBackend(tmp_path, max_size=MB, min_free=0) as backend:
@@ -253,6 +198,7 @@ with DiskBackend(root, max_size=cap, min_free=0) as backend:
         with DiskBackend(tmp_path, min_free=0) as backend:
             for n in range(50):
                 assert put(backend, n, 200_000)
+            grow_old(tmp_path)
             assert got(backend, 3) == pattern(3, 200_000)
         with DiskBackend(tmp_path, max_size=2 * MB, min_free=0) as backend:
             assert charged(tmp_path) <= 2 * MB
@@ -285,6 +231,7 @@ with DiskBackend(root, max_size=cap, min_free=0) as backend:
         ):
             for n in range(9):
                 assert put(one, n, 100_000)
+            grow_old(tmp_path)
             assert put(two, 9, 100_000)  # `two` now knows candidates, 0 is gone
             assert got(one, 1)
             assert got(one, 2)
@@ -340,16 +287,16 @@ class TestFailures:
 
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
     def test_a_write_that_fails_halfway_leaves_nothing(self, tmp_path, monkeypatch, code):
-        real = os.write
+        real = os.pwritev
 
-        def half(fd, data):
-            if len(data) < 1000:
+        def half(fd, views, offset):
+            if offset:
                 raise OSError(code, os.strerror(code))
-            return real(fd, data[: len(data) // 2])
+            return real(fd, [memoryview(b"".join(views))[:4096].toreadonly()], offset)
 
-        with DiskBackend(tmp_path) as backend:
+        with DiskBackend(tmp_path, direct=False) as backend:
             assert put(backend, 1, 5000)
-            monkeypatch.setattr(os, "write", half)
+            monkeypatch.setattr(os, "pwritev", half)
             if code == errno.EIO:
                 with pytest.raises(BackendError, match="Input/output error") as caught:
                     put(backend, 2, 5000)
@@ -385,12 +332,12 @@ class TestFailures:
             assert ledger_and_truth(tmp_path) == (8192, 8192)
 
     def test_closing_under_a_writer(self, tmp_path, monkeypatch):
-        real, writing, closed = os.write, threading.Event(), threading.Event()
+        real, writing, closed = os.pwritev, threading.Event(), threading.Event()
 
-        def slow(fd, data):
+        def slow(*args):
             writing.set()
             assert closed.wait(10)
-            return real(fd, data)
+            return real(*args)
 
         failures = []
 
@@ -401,7 +348,7 @@ class TestFailures:
                 failures.append(error)
 
         backend = DiskBackend(tmp_path)
-        monkeypatch.setattr(os, "write", slow)
+        monkeypatch.setattr(os, "pwritev", slow)
         thread = threading.Thread(target=write)
         thread.start()
         assert writing.wait(10)
@@ -412,35 +359,35 @@ class TestFailures:
         assert len(failures) == 1
         with DiskBackend(tmp_path) as backend:
             assert present(backend, range(3)) == []
-            assert not files(tmp_path, ".tmp")
+            eventually(lambda: not files(tmp_path, ".tmp"))
 
 
 class TestKilled:
     def test_in_the_middle_of_a_write(self, tmp_path):
         code = """
-real = os.write
-def half(fd, data):
-    real(fd, data[:len(data) // 2])
+real = os.pwritev
+def half(fd, views, offset):
+    real(fd, views, offset)
     print("half", flush=True)
     time.sleep(60)
 backend = DiskBackend(sys.argv[1], max_size=10 * MB, min_free=0)
 assert put(backend, 1, MB) and put(backend, 2, MB)
-os.write = half
-put(backend, 2, 3 * MB)
+os.pwritev = half
+backend.put(key(2), pattern(2, 3 * MB))
 """
         writer = python(code, tmp_path)
         assert writer.stdout.readline() == "half\n"
-        (torn,) = files(tmp_path, ".tmp")
+        (half,) = files(tmp_path, ".tmp")
         with DiskBackend(tmp_path, max_size=10 * MB, min_free=0) as backend:
             # it is being written: it counts, and stays
-            assert torn.exists()
+            assert half.exists()
             assert ledger_and_truth(tmp_path)[0] >= 5 * MB
             writer.kill()
             writer.wait()
             writer.stdout.close()
             assert got(backend, 2) == pattern(2, MB)
         with DiskBackend(tmp_path, max_size=10 * MB, min_free=0) as backend:
-            assert not torn.exists()
+            eventually(lambda: not half.exists() and is_settled(tmp_path))
             assert [got(backend, n) for n in (1, 2)] == [pattern(1, MB), pattern(2, MB)]
             used, truth = ledger_and_truth(tmp_path)
             assert 2 * MB <= used == truth <= 2 * MB + 8192
@@ -470,9 +417,7 @@ for n in range(1_000_000):
         survivor.close()
         with DiskBackend(tmp_path, max_size=cap, min_free=0) as backend:
             assert len(present(backend, range(97))) > 15
-            assert not files(tmp_path, ".tmp")
-            used, truth = ledger_and_truth(tmp_path)
-            assert used == truth
+            eventually(lambda: not torn(tmp_path) and is_settled(tmp_path))
 
     def test_a_temporary_file_nobody_touched_for_an_hour_goes(self, tmp_path):
         with DiskBackend(tmp_path) as backend:
@@ -482,11 +427,13 @@ for n in range(1_000_000):
         temporary.write_bytes(b"torn")
         with temporary.open() as held:
             fcntl.flock(held, fcntl.LOCK_EX)
-            DiskBackend(tmp_path).close()
-            assert temporary.exists()
+            with DiskBackend(tmp_path):
+                eventually(lambda: is_settled(tmp_path))
+                assert temporary.exists()
             os.utime(temporary, (time.time() - 4000,) * 2)
-            DiskBackend(tmp_path).close()
-            assert not temporary.exists()
+            with DiskBackend(tmp_path):
+                eventually(lambda: not temporary.exists())
+                eventually(lambda: is_settled(tmp_path))
 
 
 def test_readers_never_see_foreign_bytes_while_everything_is_evicted(tmp_path):
@@ -518,6 +465,7 @@ def test_readers_never_see_foreign_bytes_while_everything_is_evicted(tmp_path):
     [
         ("file://{0}?max_sise=1GB", "unknown option 'max_sise'.* did you mean 'max_size'"),
         ("file://{0}?max_size=1G", "option 'max_size': '1G' is not a size"),
+        ("file://{0}?direct=maybe", "option 'direct': 'maybe' is neither true nor false"),
         ("file://relative/dir", "names no absolute directory; write file:///dir"),
         ("file://", "names no absolute directory"),
         ("file://{0}/file/below", "cannot keep objects in .*Not a directory"),
@@ -533,6 +481,18 @@ def test_a_url_may_hold_any_path(tmp_path):
     with DiskBackend.from_url(f"file://{tmp_path}/a%20b?max_size=1GB&min_free=0") as backend:
         assert put(backend, 1, 10)
     assert (tmp_path / "a b" / "usage").exists()
+
+
+@pytest.mark.parametrize(("option", "direct"), [("true", True), ("false", False)])
+def test_a_url_says_whether_the_page_cache_is_passed(tmp_path, option, direct):
+    try:
+        backend = DiskBackend.from_url(f"file://{tmp_path}?direct={option}")
+    except ConfigError:
+        pytest.skip("this file system has no way past the page cache")
+    with backend:
+        assert backend.is_direct is direct
+        assert put(backend, 1, 5000)
+        assert got(backend, 1) == pattern(1, 5000)
 
 
 def test_it_is_offered(tmp_path):

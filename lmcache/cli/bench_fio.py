@@ -1,0 +1,57 @@
+"""What fio reaches in the directory of a file backend, to stand beside what the backend does.
+
+Its files are as new as ours, with blocks that are allotted and unwritten, and it reads what it
+wrote. It passes the page cache if the backend does. Each of its threads writes one file, made
+before the time begins, request by request; we make a file of each request, and pay for that.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from typing import TYPE_CHECKING
+
+from lmcache.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lmcache.core.backend import StorageBackend
+
+
+class Fio:
+    """fio in `directory`, past the page cache if `direct`."""
+
+    def __init__(self, directory: str, *, direct: bool) -> None:
+        self._directory = directory
+        self._direct = direct
+
+    def measure(self, size: int, depth: int, count: int) -> dict[str, float]:
+        """GB/s of `count` requests of `size` bytes, put and got by `depth` threads."""
+        with tempfile.TemporaryDirectory(dir=self._directory, prefix="fio-") as folder:
+            rates = {name: self._run(folder, job, size, depth, count) for name, job in JOBS.items()}
+        return {f"fio_{name}_gb_s": rate for name, rate in rates.items()}
+
+    def _run(self, folder: str, job: str, size: int, depth: int, count: int) -> float:
+        command = ["fio", "--name=lmcache", f"--directory={folder}", f"--rw={job}"]
+        command += [f"--direct={int(self._direct)}", "--ioengine=psync", "--invalidate=0"]
+        command += [f"--bs={size}", f"--size={max(1, count // depth) * size}"]
+        command += [f"--numjobs={depth}", "--thread", "--fallocate=native"]
+        command += ["--group_reporting", "--output-format=json"]
+        done = subprocess.run(command, capture_output=True, check=False, text=True)  # noqa: S603
+        if done.returncode:
+            raise ConfigError(f"fio cannot run in {folder}: {done.stderr.strip()[:200]}")
+        rate: float = json.loads(done.stdout)["jobs"][0][job]["bw_bytes"] / 1e9
+        return rate
+
+
+JOBS = {"put": "write", "get": "read"}
+
+
+def fio_beside(store: StorageBackend) -> Fio | None:
+    """For the directory of `store`; None if that is not the file backend, or there is no fio."""
+    from lmcache.backends.disk import DiskBackend
+
+    if not isinstance(store, DiskBackend) or shutil.which("fio") is None:
+        return None
+    return Fio(store.directory, direct=store.is_direct)
