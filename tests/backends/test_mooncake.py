@@ -125,8 +125,8 @@ def succeeds(call):
 @needs_mooncake
 class TestMooncake(BackendSuite):
     @pytest.fixture
-    def open_backend(self, lasting_pool):
-        return lambda: from_url(f"{lasting_pool.url}?prefix=a b:")
+    def url(self, lasting_pool):
+        return f"{lasting_pool.url}?prefix=a b:"
 
 
 @needs_mooncake

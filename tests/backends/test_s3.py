@@ -84,15 +84,15 @@ def succeeds(call):
 @needs_s3
 class TestS3(BackendSuite):
     @pytest.fixture
-    def open_backend(self, server):
-        return lambda: S3Backend.from_url(server.url)
+    def url(self, server):
+        return server.url
 
 
 @needs_s3
 class TestOneRequestAtATime(BackendSuite):
     @pytest.fixture
-    def open_backend(self, server):
-        return lambda: S3Backend.from_url(f"{server.url}&concurrency=1&region=eu-central-1")
+    def url(self, server):
+        return f"{server.url}&concurrency=1&region=eu-central-1"
 
 
 @needs_s3

@@ -12,7 +12,7 @@ import importlib.util
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parents[1] / "examples"
 
 # tests belong to no package, so there is no name to import their helpers by
-spec = importlib.util.spec_from_file_location("harness", HERE / "harness.py")
-harness = sys.modules["harness"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(harness)
+for name in ("harness", "served"):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+harness, served = sys.modules["harness"], sys.modules["served"]
 
 
 @pytest.fixture(scope="session")
@@ -79,3 +81,18 @@ def run_vllm(vllm_log: Callable[[], Path]) -> Callable[..., dict[str, Any]]:
         return harness.run_vllm(function, log=vllm_log(), **options)
 
     return run
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Starts servers and stops them in the end."""
+    started: list[Any] = []
+
+    def start(*options: str) -> Any:
+        server = served.Server(tmp_path / f"server-{len(started)}.log", *options)
+        started.append(server)
+        return server.start()
+
+    yield start
+    for server in started:
+        server.stop()

@@ -2,149 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 from harness import free_port, story
-from redis_server import needs_server
+from served import ATTACHED_S, ask
 
 pytestmark = pytest.mark.engine
 
-READY_S = 20
 DEADLINE_S = 1.0
 """What a call to the server may cost an engine, by default."""
-ATTACHED_S = 5.0
-"""In which an engine must be back with a server that is back."""
 STOPPED_S = 30.0
-
-
-class Server:
-    """`lmcache server`, at the same ports however often it is started."""
-
-    def __init__(self, log, *options):
-        self.port, self.http = free_port(), free_port()
-        self._log = log
-        self._options = options
-        self._process = None
-
-    def start(self):
-        ports = ["--port", str(self.port), "--http-port", str(self.http)]
-        with self._log.open("ab") as sink:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "lmcache", "server", *ports, *self._options],
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "LMCACHE_LOG_LEVEL": "INFO"},
-            )
-        deadline = time.monotonic() + READY_S
-        while not self._answers():
-            assert self._process.poll() is None, self.log()
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.02)
-        return self
-
-    def _answers(self):
-        try:
-            return self.get("readyz")
-        except OSError:
-            return None
-
-    def get(self, path):
-        return json.loads(self._page(path))
-
-    def _page(self, path):
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/{path}", timeout=5) as page:
-            return page.read()
-
-    def sum(self, counter):
-        """A counter's value over all its labels."""
-        pattern = rf"^lmcache_{counter}_total\{{[^}}]*\}} (\S+)$"
-        found = re.findall(pattern, self._page("metrics").decode(), re.MULTILINE)
-        return sum(map(float, found))
-
-    def log(self):
-        return self._log.read_text()
-
-    def send(self, number):
-        self._process.send_signal(number)
-        if number == signal.SIGSTOP:
-            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
-
-    def kill(self):
-        self._process.kill()
-        self._process.wait()
-
-    def stop(self):
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGCONT)
-            self._process.terminate()
-            self._process.wait(20)
-        return self._process.returncode
-
-    def transfer(self, **options):
-        """How an engine is told to use it."""
-        keys = {f"lmcache.mp.{key}": value for key, value in options.items()}
-        return {
-            "kv_connector": "LMCacheMPConnector",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"lmcache.mp.port": self.port, **keys},
-        }
-
-    def wait(self, condition, timeout_s=10.0):
-        """Until `condition(status)` holds."""
-        deadline = time.monotonic() + timeout_s
-        while not condition(status := self.get("status")):
-            assert time.monotonic() < deadline, status
-            time.sleep(0.05)
-        return status
-
-    def wait_idle(self, timeout_s=10.0):
-        """Nothing is leased, reserved or in the air."""
-
-        def is_idle(status):
-            held = [
-                engine["steps_in_the_air"] + engine["reserved_slots"] + engine["lookups_waiting"]
-                for engine in status["engines"]
-            ]
-            return status["l1"]["leases"] == 0 and not any(held) and not status["leaving"]
-
-        return self.wait(is_idle, timeout_s)
-
-
-@pytest.fixture
-def start_server(tmp_path):
-    """Starts servers and stops them in the end."""
-    started = []
-
-    def start(*options):
-        server = Server(tmp_path / f"server-{len(started)}.log", *options)
-        started.append(server)
-        return server.start()
-
-    yield start
-    for server in started:
-        server.stop()
 
 
 def names():
     """What lies where processes leave things behind."""
     return {str(path) for place in ("/dev/shm", "/tmp") for path in Path(place).iterdir()}
-
-
-def ask(engine, prompt, **options):
-    [answer] = engine.generate([prompt], max_tokens=12, temperature=0, **options)
-    return answer
 
 
 def test_a_second_engine_loads_what_the_first_computed(start_engine, start_server):
@@ -334,54 +211,6 @@ def test_several_cache_groups(start_engine, start_server, hybrid, hybrid_truth, 
         assert [answer.token_ids for answer in cold + warm] == hybrid_truth * 2
         assert all((answer.num_cached_tokens > 500) == has_cache for answer in warm)
         assert cold[0].num_cached_tokens == 0
-        server.wait_idle()
-
-
-class Folder:
-    """A file tier, which nothing needs to run for."""
-
-    def __init__(self, path):
-        self.url = f"file://{path}/tier?max_size=1GB"
-
-    def kill(self):
-        pass
-
-    def start(self):
-        pass
-
-
-@pytest.fixture(params=["file", pytest.param("redis", marks=needs_server)])
-def store(request, tmp_path, new_redis):
-    """What a tier is kept in, which may be killed and started again."""
-    if request.param == "file":
-        return Folder(tmp_path)
-    return new_redis("--appendonly", "yes", "--appendfsync", "always")
-
-
-@pytest.mark.parametrize("ends", ["stop", "kill"])
-def test_a_server_that_starts_again_has_what_its_tier_kept(
-    start_engine, start_server, truth, store, ends
-):
-    server = start_server("--l1-size-gb", "0.5", "--l2", store.url)
-    with start_engine(
-        kv_transfer_config=server.transfer(), one_process=True, dtype="float32"
-    ) as engine:
-        server.wait(lambda status: status["engines"], ATTACHED_S)
-        cold = ask(engine, story(10, 600))
-        assert cold.num_cached_tokens == 0
-        if ends == "stop":
-            assert server.stop() == 0
-        else:
-            server.wait(lambda status: server.sum("tier_written") >= status["l1"]["chunks"] > 0)
-            server.kill()
-        store.kill()
-        store.start()
-        server.start()
-        server.wait(lambda status: status["engines"], ATTACHED_S)
-        warm = ask(engine, story(10, 600))
-        assert warm.num_cached_tokens > 500
-        assert warm.token_ids == cold.token_ids == truth[10].token_ids
-        assert "Prefetched" in server.log()
         server.wait_idle()
 
 

@@ -40,9 +40,11 @@ class ObjectRules:
     ) -> None:
         small, large = payload(1000), payload(LARGE)
         backend.put(keys(), small)
-        stored = backend.put(keys(), large)
+        stored = backend.put(keys(1), large)
         assert stored in (True, False)
-        assert got(backend, keys(), LARGE) == (large if stored else small)
+        assert got(backend, keys(1), LARGE) == (large if stored else None)
+        backend.put(keys(), large)  # a backend may as well keep what it has under a key
+        assert got(backend, keys(), LARGE) in ((large, small) if stored else (small,))
 
     def test_a_miss_leaves_the_buffer_alone(self, backend: StorageBackend, keys: Keys) -> None:
         out = blank(64)
