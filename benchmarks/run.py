@@ -28,16 +28,18 @@ def _text(value: Any) -> str:
 
 def main() -> None:
     """Run the groups that were asked for."""
-    groups = ("copies", "lookups", "index", "service", "vllm")
+    groups = ("copies", "lookups", "index", "service", "vllm", "tiers")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("groups", nargs="*", choices=[*groups, []], help="default: all")
     parser.add_argument("--model", help="a model for vLLM; default: the demo's")
+    parser.add_argument("--tier", action="append", help="a URL for `tiers`; default: files")
     chosen = parser.parse_args()
     wanted = chosen.groups or groups
 
     sys.path.insert(0, str(ROOT / "examples"))
     import core_costs
     import service_costs
+    import tier_costs
     import vllm_costs
 
     results: dict[str, Any] = {"machine": platform.processor(), "python": platform.python_version()}
@@ -62,16 +64,20 @@ def main() -> None:
         ):
             figures = results["service"][measure.__name__] = measure()
             show(title, figures)
-    if "vllm" in wanted:
+    if {"vllm", "tiers"}.intersection(wanted):
         from model import prepare_model
 
         model = chosen.model or str(prepare_model())
+    if "vllm" in wanted:
         results["vllm"] = vllm_costs.run(model)
         show(
             "vLLM, requests without a hit, with the connector against without",
             results["vllm"]["misses"],
         )
         show("vLLM, a warm request against vLLM's own prefix hit", results["vllm"]["hits"])
+    if "tiers" in wanted:
+        results["tiers"] = tier_costs.run(model, chosen.tier or [])
+        show("vLLM, time to the first token after a restart of the server", results["tiers"])
 
     folder = ROOT / "bench-results"
     folder.mkdir(exist_ok=True)

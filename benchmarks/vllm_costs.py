@@ -39,6 +39,9 @@ ENVIRONMENT = {
 }
 
 
+IN_PROCESS = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
+
+
 @dataclass(frozen=True)
 class Answer:
     """One request, answered."""
@@ -53,10 +56,11 @@ class Answer:
 class Engine:
     """vLLM's offline engine in a child process."""
 
-    def __init__(self, model: str, *, lmcache: bool) -> None:
+    def __init__(self, model: str, transfer: dict[str, Any] | None) -> None:
+        """`transfer` is vLLM's `--kv-transfer-config`."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, model, lmcache), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, model, transfer), daemon=True)
         self._process.start()
         self._pipe.recv()
 
@@ -106,19 +110,18 @@ def _time_hooks() -> list[float]:
     return spent
 
 
-def _serve(pipe: Connection, model: str, lmcache: bool) -> None:
+def _serve(pipe: Connection, model: str, transfer: dict[str, Any] | None) -> None:
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer import kv_transfer_state
 
-    hooks = _time_hooks() if lmcache else [0.0]
-    transfer = KVTransferConfig(kv_connector="LMCacheConnectorV1", kv_role="kv_both")
+    hooks = _time_hooks() if transfer == IN_PROCESS else [0.0]
     llm = LLM(
         model=model,
         max_model_len=4096,
         enforce_eager=True,
         enable_prefix_caching=True,
-        kv_transfer_config=transfer if lmcache else None,
+        kv_transfer_config=KVTransferConfig(**transfer) if transfer else None,
     )
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     used = scheduler.connector, kv_transfer_state._KV_CONNECTOR_AGENT
@@ -143,7 +146,7 @@ def _serve(pipe: Connection, model: str, lmcache: bool) -> None:
         pipe.send(Answer(spent, hooks[0], tokens, output.num_cached_tokens))
 
 
-def _prompts(seed: int, count: int) -> list[list[int]]:
+def prompts_of(seed: int, count: int) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(1_000, 40_000) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
@@ -189,8 +192,8 @@ def _pair(
     engines = {}
     try:
         for lmcache in (True, False) if number % 2 else (False, True):
-            engines[lmcache] = Engine(model, lmcache=lmcache)
-            for prompt in _prompts(0, WARM_UP):
+            engines[lmcache] = Engine(model, IN_PROCESS if lmcache else None)
+            for prompt in prompts_of(0, WARM_UP):
                 engines[lmcache].ask(prompt)
         cached, plain = engines[True], engines[False]
         return _misses(cached, number), _hits(cached, plain, number)
@@ -205,7 +208,7 @@ def _misses(engine: Engine, seed: int) -> list[tuple[float, float]]:
     In one process, whose connector is switched on and off: two would differ by more than it costs.
     """
     ratios = []
-    prompts = _prompts(10 + seed, 2 * MISSES)
+    prompts = prompts_of(10 + seed, 2 * MISSES)
     for number in range(MISSES):
         answers = {}
         for connector in (True, False) if number % 2 else (False, True):
@@ -221,7 +224,7 @@ def _misses(engine: Engine, seed: int) -> list[tuple[float, float]]:
 def _hits(cached: Engine, plain: Engine, seed: int) -> list[tuple[float, float, float]]:
     """Seconds of a prompt computed, from our slab, and from vLLM's own prefix cache."""
     times = []
-    for prompt in _prompts(20 + seed, HITS):
+    for prompt in prompts_of(20 + seed, HITS):
         cold = plain.ask(prompt).seconds
         cached.ask(prompt)
         for _ in range(3):
