@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pools
@@ -283,6 +284,27 @@ def test_after_an_error_no_copy_is_under_way(slab, pins_of, monkeypatch):
     with pytest.raises(DeviceError, match="lost"):
         pages.copy(spans_of(pool.layout), None, to_slab=True)
     assert not stream.queue
+    pages.close()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("to_slab", [True, False])
+def test_what_is_copied_stays_pinned_until_it_is(slab, monkeypatch, path, to_slab):
+    pool = POOLS["layers"]
+    device, copied = LazyDevice(Planner(pool.layout), 0), []
+    monkeypatch.setattr(device, "maybe_run", lambda: None)
+
+    class Held:
+        @contextmanager
+        def held(self):
+            yield np.array([SLAB], np.int64)
+            assert not any(stream.queue for stream in device.streams)
+            copied.extend(device.copied)
+
+    pages = pages_on(device, slab, pool, Held(), path)
+    pages.copy(spans_of(pool.layout), None, to_slab=to_slab)
+    assert copied
+    assert len(copied) == len(device.copied)
     pages.close()
 
 

@@ -103,3 +103,25 @@ def test_however_a_step_ends_no_page_is_being_filled_any_more(loads, mover, lost
     assert not mover.begun[2].is_set(), "what has not begun is dropped"
     assert bool(raised) is (ends == "end")
     assert lost == ([4, 5] if ends == "end" else [])
+
+
+def test_a_load_outside_the_batch_comes_after_what_was_queued_when_it_was_asked_for(mover):
+    from lmcache.adapters.vllm.outside import OutsideLoads, Progress
+    from lmcache.adapters.vllm.step import Copy, Step
+
+    seen, answered = [], threading.Event()
+
+    def load(moves, region, after):
+        seen.append((region, after))
+        return 1, []
+
+    mover.load = load
+    outside = OutsideLoads()
+    progress = Progress(lambda number: answered.set())
+    progress.begin(7, 1)
+    copy = Copy("r", [Move(0, 1, 2, 0, [4, 5])], 8, 8, 8)
+    outside.submit(Step(number=7, loads=[copy]), mover, progress)
+    assert answered.wait(5)
+    outside.close()
+    assert seen == [(None, (threading.current_thread(), 1))]
+    assert outside.take_received() == {"r"}
