@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pools
@@ -211,6 +213,7 @@ def test_a_store_and_a_load_may_be_under_way_at_a_time(slab):
                 if most["all"] > 1:
                     go.set()
             assert go.wait(5)
+            time.sleep(0.05)  # for whoever would come in beside it
             with lock:
                 inside[to_slab] -= 1
             return 7
@@ -286,6 +289,27 @@ def test_after_an_error_no_copy_is_under_way(slab, pins_of, monkeypatch):
     pages.close()
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("to_slab", [True, False])
+def test_what_is_copied_stays_pinned_until_it_is(slab, monkeypatch, path, to_slab):
+    pool = POOLS["layers"]
+    device, copied = LazyDevice(Planner(pool.layout), 0), []
+    monkeypatch.setattr(device, "maybe_run", lambda: None)
+
+    class Held:
+        @contextmanager
+        def held(self):
+            yield np.array([SLAB], np.int64)
+            assert not any(stream.queue for stream in device.streams)
+            copied.extend(device.copied)
+
+    pages = pages_on(device, slab, pool, Held(), path)
+    pages.copy(spans_of(pool.layout), None, to_slab=to_slab)
+    assert copied
+    assert len(copied) == len(device.copied)
+    pages.close()
+
+
 # ---- what is pinned
 
 
@@ -338,6 +362,8 @@ def test_memory_stays_pinned_while_it_is_copied(slab, pins_of):
         closing.join(0.2)
         assert closing.is_alive()
         assert len(registrar.pieces) == 4
+        with pins.held() as late:
+            assert not len(late), "nobody comes in any more"
     closing.join(5)
     assert not registrar.pieces
 
@@ -373,6 +399,68 @@ def test_another_slab_at_the_same_address_is_pinned_anew():
     assert registrar.pieces == [(slab.address, SLAB)]
     again.close()
     assert not registrar.pieces
+
+
+class OneByOne(Registrar):
+    """Each piece has to be let through."""
+
+    def __init__(self, room=1 << 60):
+        super().__init__(room)
+        self.turns, self.asked = threading.Semaphore(0), 0
+
+    def register(self, address, size):
+        self.asked += 1
+        assert self.turns.acquire(timeout=5)
+        super().register(address, size)
+
+
+def test_closing_waits_for_the_piece_at_hand_and_begins_no_other(pins_of):
+    registrar = OneByOne()
+    pins = pins_of(registrar, wait=False)
+    closing = threading.Thread(target=pins.close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    registrar.turns.release(4)
+    closing.join(5)
+    assert registrar.asked == 1
+    assert not registrar.pieces
+
+
+def test_what_is_pinned_already_stays_so_while_it_is_copied_whatever_fails(pins_of):
+    registrar = OneByOne(room=10_000)
+    pins = pins_of(registrar, wait=False)
+    registrar.turns.release()
+    deadline = time.monotonic() + 5
+    while registrar.asked < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    with pins.held() as ends:
+        assert ends.tolist() == [8192]
+        registrar.turns.release()
+        pins._thread.join(0.2)
+        assert len(registrar.pieces) == 1
+    pins._thread.join(5)
+    assert not registrar.pieces
+
+
+def test_two_that_come_at_once_share_what_is_pinned(slab, monkeypatch):
+    made = []
+
+    class Slow:
+        def __init__(self, slab, registrar):
+            time.sleep(0.05)
+            made.append(self)
+
+        def close(self):
+            made.append("closed")
+
+    monkeypatch.setattr(pinning, "Pins", Slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(pinning.pins_of, slab, None) for _ in range(2)]
+        assert {pins.result() for pins in found} == {made[0]}
+    slab.close()
+    assert made[1:] == ["closed"]
 
 
 @pytest.mark.parametrize(

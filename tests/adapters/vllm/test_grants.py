@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from lmcache.core.mover import Mover
+
 
 def wait_until(holds, timeout=10.0):
     deadline = time.monotonic() + timeout
@@ -143,3 +145,32 @@ def test_memory_for_a_copier_that_cannot_be_made_is_let_go_of(make_engine, monke
     engine.generate("cold", range(50))
     engine.check_text()
     wait_until(lambda: slabs[0].fd == -1)
+
+
+def test_a_copier_that_is_too_slow_is_left_behind_between_two_steps(
+    make_engine, make_house, monkeypatch
+):
+    house = make_house(modes=("engine_driven", "lmcache_driven"))
+    engine = make_engine(house=house, extra={"lmcache.mp.mp_transfer_mode": "lmcache_driven"})
+    engine.wait_attached()
+    engine.generate("cold", range(50))
+    may_go_on, load = threading.Event(), Mover.load
+
+    def slow(mover, *arguments):
+        assert may_go_on.wait(30)
+        return load(mover, *arguments)
+
+    monkeypatch.setattr(Mover, "load", slow)
+    engine.add("warm", range(50))
+
+    def has_ended():
+        engine.step()
+        return not engine.scheduler.requests
+
+    try:
+        wait_until(has_ended)
+    finally:
+        may_go_on.set()
+    assert engine.runner.refused or any(engine.runner.invalid)
+    engine.drain()
+    engine.check_text()

@@ -39,10 +39,11 @@ class Mover:
         self.stored = []
 
     def mark(self):
-        return "what the engine has done so far"
+        """Of the calling thread: elsewhere a device's current stream is another one."""
+        return threading.current_thread()
 
     def store(self, stored, region, after):
-        assert after == self.mark()
+        assert after is threading.main_thread()
         assert self.go.wait(5)
         self.stored.append(region)
         return 1
@@ -117,6 +118,18 @@ def test_any_other_does_not(stores, mover, begun, said):
     assert not begun(stores.begin, step(**said)).is_alive()
     assert not mover.stored
     mover.go.set()
+
+
+def test_what_one_step_has_stored_is_not_said_of_the_next(stores, mover):
+    """Its layer is stored late; no layer of the next step is, so the rest of it is all."""
+    done = threading.Event()
+    stores.begin(step(stores=[0]))
+    stores.layer(mover, step(stores=[0]), 0)
+    stores.begin(step(stores=[1]))
+    stores.rest(mover, copies([1]), done.set)
+    mover.go.set()
+    assert done.wait(5)
+    assert mover.stored == [0, None, "published"]
 
 
 @pytest.mark.parametrize("too_often", [False, True])

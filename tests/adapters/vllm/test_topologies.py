@@ -253,6 +253,21 @@ def test_a_layer_that_is_not_asked_for_is_loaded_all_the_same(make_engine):
         assert (engine.ranks[0].content(layer, pages) == expected(codes, layer)).all()
 
 
+def test_what_no_layer_asked_for_is_loaded_before_it_is_stored(make_engine):
+    """A chunk that was half there is stored whole, with the pages that are loaded at the end."""
+    engine = make_engine(options={"use_layerwise": True})
+    engine.generate("cold", range(40))
+    connector = engine.ranks[0].connector
+    wait, save = connector.wait_for_layer_load, connector.save_kv_layer
+    connector.wait_for_layer_load = lambda name: wait(name) if ".0." in name else None
+    connector.save_kv_layer = lambda name, *rest: save(name, *rest) if ".0." in name else None
+    assert engine.generate("longer", range(60)) == 40
+    del connector.wait_for_layer_load, connector.save_kv_layer
+    before = len(engine.runner.wrong)
+    assert engine.generate("again", range(60)) == 59
+    assert not any(engine.runner.wrong[before:])
+
+
 def expected(codes, layer):
     import sys
 
