@@ -37,8 +37,8 @@ class Offers(Protocol):
         """The backend at `url`, open."""
 
 
-def _open_tier(url: str, offers: Offers) -> Tier:
-    """The tier at `url`: what is its own among the options, and the backend behind it."""
+def open_tier(url: str, offers: Offers) -> Tier:
+    """The tier at `url`, which reads its own options and leaves the backend the rest."""
     location, options = take_options(url, ("codec", "depth", "write"))
     codec = offers.create_codec(options["codec"]) if "codec" in options else None
     depth = parse_count("depth", options.get("depth", str(DEPTH)), MOST_DEPTH)
@@ -55,7 +55,7 @@ def assemble(config: Config, offers: Offers) -> tuple[Decider, Tiers]:
     opened: list[Tier] = []
     try:
         for url in config.tier_urls():
-            opened.append(_open_tier(url, offers))
+            opened.append(open_tier(url, offers))
         decider = Decider(
             Slab.create(size),
             policy,

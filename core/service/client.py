@@ -104,7 +104,8 @@ class ServiceClient(CacheClient):
             asked = self._lookups.get(owner) or self._ask(owner, chain, stop, asking)
         except ServiceError:
             return _miss(length, Reason.DEGRADED)
-        answer = self._link.poll(asked.number, self._patience_s)
+        # while a load goes on there is always a next step to ask in
+        answer = self._link.poll(asked.number, 0 if asking.start else self._patience_s)
         if isinstance(answer, wire.Fetching):
             asked.deadline = time.monotonic() + self.about.fetch_timeout_s + self._deadline_s
             return None

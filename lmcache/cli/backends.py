@@ -13,6 +13,7 @@ from xml.etree import ElementTree as ET
 import typer
 
 from lmcache.cli.output import Format, FormatOption, print_json
+from lmcache.core.assembly import open_tier
 from lmcache.core.errors import ConfigError
 from lmcache.core.keys import ChunkKey
 from lmcache.core.redact import redact_value
@@ -42,7 +43,7 @@ def check(
     for needed in ("pytest", "hypothesis"):
         if find_spec(needed) is None:
             raise ConfigError(f"checking a backend needs {needed}: install lmcache[testing]")
-    with plugins.open_backend(url) as backend:
+    with open_tier(url, plugins).backend as backend:
         # or each of the rules would say that nobody answers
         backend.contains(ChunkKey(bytes(32)))
     if output is Format.TERMINAL:

@@ -17,6 +17,7 @@ import typer
 from lmcache.cli.bench_fio import Fio, fio_beside
 from lmcache.cli.output import Format, FormatOption, print_json, table
 from lmcache.cli.timing import Plain, spread
+from lmcache.core.assembly import open_tier
 from lmcache.core.errors import BackendError, ConfigError
 from lmcache.core.keys import ChunkKey
 from lmcache.core.redact import redact_value
@@ -52,7 +53,7 @@ def backend(
     everything = parse_size(total)
     if min(sizes) < 1 or max(sizes) > everything:
         raise ConfigError(f"objects of 1 to {everything} bytes can be measured, --total says more")
-    with plugins.open_backend(url) as store:
+    with open_tier(url, plugins).backend as store:
         fio = fio_beside(store)
         rows = [
             in_turns(store, fio, (bytes_each, threads, everything // bytes_each), rounds)

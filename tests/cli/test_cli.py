@@ -241,12 +241,14 @@ def test_a_command_of_a_plugin_runs_and_a_broken_one_is_blamed(tmp_path: Path) -
 # backends
 
 
-def test_a_backend_that_keeps_the_rules() -> None:
-    checked = facts("backends", "check", "memory://")
-    assert (checked["url"], checked["passed"]) == ("memory://", True)
+@pytest.mark.parametrize("url", ["memory://", "memory://?codec=zlib&depth=2&write=never"])
+def test_a_backend_that_keeps_the_rules(url: str) -> None:
+    """With the options of a tier as well: people have the URL of their configuration."""
+    checked = facts("backends", "check", url)
+    assert (checked["url"], checked["passed"]) == (url, True)
     assert len(checked["rules"]) > 10
     assert {rule["outcome"] for rule in checked["rules"]} <= {"passed", "skipped"}
-    assert " passed" in answer("backends", "check", "memory://")
+    assert " passed" in answer("backends", "check", url)
 
 
 def test_a_backend_that_breaks_a_rule(tmp_path: Path) -> None:

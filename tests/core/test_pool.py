@@ -128,3 +128,13 @@ def test_a_job_that_hangs_does_not_keep_the_process():
         "DaemonPool(1, 'pool').submit(time.sleep, 50); time.sleep(0.2)"
     )
     assert run(script) < 30
+
+
+def test_the_most_urgent_runs_first_then_who_came_first(make_pool, gate):
+    pool, done = make_pool(1), []
+    pool.submit(gate.wait)
+    for name, order in (("c", (1.0, 0.0)), ("a", (0.0, 1.0)), ("d", (1.0, 0.0)), ("b", (0.0, 2.0))):
+        pool.submit(done.append, name, order=order)
+    gate.set()
+    pool.wait()
+    assert "".join(done) == "abcd"

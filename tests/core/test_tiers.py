@@ -16,6 +16,7 @@ from lmcache.backends.memory import MemoryBackend
 from lmcache.core import tier as tier_module
 from lmcache.core.backend import Capabilities
 from lmcache.core.errors import BackendError, ConfigError
+from lmcache.core.fetch import Asking
 from lmcache.core.objects import HEADER_BYTES, Description, is_intact
 from lmcache.core.receipts import Reason
 from lmcache.core.write_policy import WritePolicy
@@ -475,6 +476,119 @@ class TestReading:
         hit = cache.lookup(rig.tokens(CHUNK))
         assert (hit.tokens, hit.receipt.reason) == (0, Reason.NO_ROOM)
         cache.decider.release(held.lease)
+        cache.assert_idle()
+
+    def test_room_that_others_give_up_is_waited_for(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(2 * CHUNK)), slots=2)
+        cache.store(rig.tokens(2 * CHUNK, 1))
+        held = cache.lookup(rig.tokens(2 * CHUNK, 1), release=False)
+        assert cache.ask(rig.tokens(2 * CHUNK)) is None
+        time.sleep(0.05)
+        cache.decider.release(held.lease)
+        assert cache.lookup(rig.tokens(2 * CHUNK), "r").tokens == 2 * CHUNK
+        cache.assert_idle()
+
+    def test_two_that_hold_a_part_do_not_wait_for_each_other(self, new_cache, stored):
+        """One gives up what it has not got, and the other gets all of it."""
+        sequences = [rig.tokens(3 * CHUNK, seed) for seed in (1, 2)]
+        backend = stored(*sequences)
+        cache = new_cache(Slow(backend, 0.01), slots=4, depth=1)
+        began = time.monotonic()
+        for owner, sequence in enumerate(sequences):
+            assert cache.ask(sequence, str(owner)) is None
+        hits = {}
+        while len(hits) < 2:
+            for owner, sequence in enumerate(sequences):
+                hit = None if owner in hits else cache.ask(sequence, str(owner))
+                if hit:
+                    hits[owner] = hit.tokens
+                    cache.tiers.forget(str(owner))
+                    cache.decider.release(hit.lease)
+        assert max(hits.values()) == 3 * CHUNK
+        assert time.monotonic() - began < 3, "nobody had to be told that time is up"
+        cache.assert_idle()
+
+    @pytest.mark.parametrize("depth", [1, 3])
+    def test_so_many_are_read_at_a_time(self, new_cache, stored, depth):
+        class Counting(Wrapper):
+            now, most = 0, 0
+            lock = threading.Lock()
+
+            def get_into(self, key, out):
+                with self.lock:
+                    self.now += 1
+                    self.most = max(self.most, self.now)
+                time.sleep(0.02)
+                with self.lock:
+                    self.now -= 1
+                return super().get_into(key, out)
+
+        backend = Counting(stored(rig.tokens(8 * CHUNK)))
+        cache = new_cache(backend, depth=depth)
+        assert cache.lookup(rig.tokens(8 * CHUNK)).tokens == 8 * CHUNK
+        assert backend.most == depth
+
+    def test_who_wants_what_is_being_read_waits_for_that(self, new_cache, stored):
+        backend = stored(rig.tokens(2 * CHUNK))
+        cache = new_cache(Slow(backend, 0.05))
+        assert cache.ask(rig.tokens(2 * CHUNK), "one") is None
+        rig.wait_until(lambda: "get_into" in backend.calls)
+        assert cache.lookup(rig.tokens(2 * CHUNK), "other").tokens == 2 * CHUNK
+        assert cache.lookup(rig.tokens(2 * CHUNK), "one").tokens == 2 * CHUNK
+        assert backend.calls.count("get_into") == 2
+        cache.assert_idle()
+
+
+class TestWindows:
+    """An owner that loads a part while the next one is read."""
+
+    def ask(self, cache, start, length=8):
+        asking = Asking(start * CHUNK, in_windows=True)
+        chain = rig.chain(rig.tokens(length * CHUNK))
+        while (hit := cache.tiers.lookup("r", chain, GEOMETRY, length * CHUNK, asking)) is None:
+            cache.tiers.wait("r")
+        cache.tiers.forget("r")
+        return hit
+
+    def test_what_is_told_adds_up(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(8 * CHUNK)), slots=4)
+        start, found = 0, []
+        while start < 8:
+            hit = self.ask(cache, start)
+            assert hit.tokens == len(hit.slots) * CHUNK > 0
+            assert [slot.chunk for slot in hit.slots] == list(range(start, start + len(hit.slots)))
+            assert hit.receipt.asked == (8 - start) * CHUNK
+            if start < 6:
+                assert hit.more == (8 - start) * CHUNK - hit.tokens
+            found += [cache.payload(slot) == expected(slot) for slot in hit.slots]
+            start += len(hit.slots)
+            cache.decider.release(hit.lease)
+        assert found == [True] * 8
+        cache.assert_idle()
+
+    def test_what_fits_comes_at_once(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(4 * CHUNK)), slots=8)
+        hit = self.ask(cache, 0, 4)
+        assert (hit.tokens, hit.more) == (4 * CHUNK, 0)
+        cache.decider.release(hit.lease)
+
+    def test_no_more_is_told_than_there_is(self, new_cache, stored):
+        backend = stored(rig.tokens(8 * CHUNK))
+        del backend.backend._objects[rig.chain(rig.tokens(8 * CHUNK)).key(5)]
+        cache = new_cache(backend, slots=4)
+        hit = self.ask(cache, 0)
+        assert hit.tokens + hit.more == 5 * CHUNK
+        cache.decider.release(hit.lease)
+
+    def test_a_part_for_which_there_is_no_room_in_time(self, new_cache, stored):
+        cache = new_cache(stored(rig.tokens(8 * CHUNK)), slots=2)
+        first = self.ask(cache, 0)
+        cache.store(rig.tokens(CHUNK, 1))
+        other = cache.lookup(rig.tokens(CHUNK, 1), release=False)
+        hit = self.ask(cache, 1)
+        assert (hit.tokens, hit.more, hit.receipt.reason) == (0, 0, Reason.NO_ROOM)
+        for one in (first, other):
+            cache.decider.release(one.lease)
         cache.assert_idle()
 
 

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 
+from lmcache.core.assembly import open_tier
 from lmcache.core.keys import ChunkKey
 from lmcache.plugins.manager import PluginManager
 
@@ -22,7 +23,7 @@ def content(key: ChunkKey, size: int) -> memoryview:
 def main() -> None:
     """Put what is asked for, and neither close nor end."""
     asked = json.loads(sys.stdin.readline())
-    backend = PluginManager().open_backend(asked["url"])
+    backend = open_tier(asked["url"], PluginManager()).backend
     for name in asked["keys"]:
         key = ChunkKey(bytes.fromhex(name))
         data = content(key, asked["size"])

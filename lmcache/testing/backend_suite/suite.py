@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
+from lmcache.core.assembly import open_tier
 from lmcache.plugins.manager import PluginManager
 from lmcache.testing.backend_suite.history import HistoryRules
 from lmcache.testing.backend_suite.names import NameRules
@@ -46,7 +47,7 @@ class BackendSuite(ObjectRules, NameRules, PromiseRules, ThreadRules, ProcessRul
         if url is None:
             raise NotImplementedError("override the fixture url, or open_backend")
         plugins = PluginManager()
-        return lambda: plugins.open_backend(url)
+        return lambda: open_tier(url, plugins).backend
 
     @pytest.fixture
     def watch(self) -> Watch:
