@@ -12,11 +12,12 @@ import pytest
 import rig
 import zmq
 from house import House
-from redis_server import needs_server
+from mooncake_server import Contributor, Master, needs_mooncake
+from redis_server import RedisServer, needs_server
+from s3_server import S3Server, needs_s3
 
-from lmcache.backends.disk import DiskBackend
 from lmcache.backends.memory import MemoryBackend
-from lmcache.backends.redis import RedisBackend
+from lmcache.core.assembly import open_tier
 from lmcache.core.engine import moves_for
 from lmcache.core.errors import ConfigError, ServiceError
 from lmcache.core.fetch import PLAIN
@@ -29,6 +30,7 @@ from lmcache.core.service.client import ATTACH_S, ServiceClient
 from lmcache.core.service.memo import Memo, take_keys
 from lmcache.core.tier import Tier
 from lmcache.core.tiers import Tiers
+from lmcache.plugins.manager import PluginManager
 
 CHUNK = rig.CHUNK_TOKENS
 DEADLINE_S = 1.0
@@ -421,12 +423,29 @@ class TestSharing:
 class TestTwoServers:
     """Each with memory of its own, and one store behind both."""
 
-    @pytest.fixture(params=["file", pytest.param("redis", marks=needs_server)])
-    def store(self, request, tmp_path, new_redis):
+    @pytest.fixture(
+        params=[
+            "file",
+            pytest.param("redis", marks=needs_server),
+            pytest.param("s3", marks=needs_s3),
+            pytest.param("mooncake", marks=needs_mooncake),
+        ]
+    )
+    def store(self, request, tmp_path):
+        """Opens it, each time it is called."""
+        programs = []
         if request.param == "file":
-            return lambda: DiskBackend.from_url(f"file://{tmp_path}/store")
-        url = new_redis().url
-        return lambda: RedisBackend.from_url(url)
+            url = f"file://{tmp_path}/store"
+        elif request.param == "mooncake":
+            programs.append(Master(tmp_path))
+            programs.append(Contributor(tmp_path, programs[0]))
+            url = programs[0].url
+        else:
+            programs.append({"redis": RedisServer, "s3": S3Server}[request.param](tmp_path))
+            url = programs[0].url
+        yield lambda: open_tier(url, PluginManager()).backend
+        for program in reversed(programs):
+            program.kill()
 
     def test_what_one_was_given_the_other_finds(self, start, join, store):
         houses = [start(store()) for _ in range(2)]
