@@ -86,7 +86,7 @@ class Fetch:
     is_promised: bool = False
     """Whether the engine counts on at least some of it."""
     room_until: float = 0.0
-    """When to stop waiting for others to give up room; soon, if they may wait for the owner."""
+    """When to stop waiting for others to give up room."""
     held: int = 0
     """Bytes of what was found in the slab and fetched."""
     fetched: int = 0

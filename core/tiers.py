@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from lmcache.core.tier import Tier
 
 _LACKING = (Reason.NEVER_STORED, Reason.EVICTED, Reason.BEING_WRITTEN)
+ROOM_S = 0.1
+"""How long the next window of a load waits for room before its owner hears that there is none: it
+can have others make some."""
 CLOSE_S = 10.0
 """How long `close` waits for a backend."""
 
@@ -76,7 +79,7 @@ class Tiers:
                 if self._fetch(owner, hit, want, geometry, asking):
                     return None
                 hit = _because(hit, Reason.TIER_FAILED)
-        self._looked_up(hit)
+        self._looked_up(hit, asking.start)
         return hit
 
     def wait(self, owner: str) -> None:
@@ -133,16 +136,17 @@ class Tiers:
         """Begin to read what `hit` lacks; False if there is nobody to ask."""
         if not any(tier.is_awake() for tier in self._tiers):
             return False
-        deadline = time.monotonic() + self._timeout_s
+        now = time.monotonic()
+        for_room_s = ROOM_S if asking.start else self._timeout_s * 3 / 4
         fetch = self._fetches[owner] = Fetch(
             owner,
             want,
             geometry,
-            deadline,
+            now + self._timeout_s,
             priority=asking.priority,
             window=self._window(want, geometry) if asking.in_windows else None,
             is_promised=asking.start > 0,
-            room_until=deadline - self._timeout_s * (0.98 if asking.start else 0.25),
+            room_until=now + min(for_room_s, self._timeout_s),
             held=sum(slot.size for slot in hit.slots),
             reason=hit.receipt.reason,
         )
@@ -181,12 +185,17 @@ class Tiers:
         if hit.tokens and fetch.window and reason is Reason.NO_ROOM:
             more = max(0, fetch.reach - start - hit.tokens)
         hit = replace(hit, receipt=replace(hit.receipt, by_tier=by_tier), more=more)
-        self._looked_up(hit)
+        self._looked_up(hit, start)
         return hit
 
-    def _looked_up(self, hit: Hit) -> None:
-        receipt = hit.receipt
-        self._decider.counters.looked_up(receipt.asked, receipt.by_tier, receipt.reason)
+    def _looked_up(self, hit: Hit, start: int) -> None:
+        """Count a lookup; what a window brings is of one that was counted before."""
+        receipt, counters = hit.receipt, self._decider.counters
+        if not start:
+            counters.looked_up(receipt.asked, receipt.by_tier, receipt.reason)
+            return
+        for tier, tokens in receipt.by_tier.items():
+            counters.add("hit_tokens", tokens, tier)
 
     def _blame(self, fetch: Fetch) -> None:
         """Nobody answered in time: those who are being asked, or who leave no thread to ask."""

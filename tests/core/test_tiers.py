@@ -564,6 +564,9 @@ class TestWindows:
             start += len(hit.slots)
             cache.decider.release(hit.lease)
         assert found == [True] * 8
+        counted = cache.counters
+        assert (counted["lookups"], counted["lookup_tokens"]) == (1, 8 * CHUNK)
+        assert counted["hit_tokens"] == 8 * CHUNK
         cache.assert_idle()
 
     def test_what_fits_comes_at_once(self, new_cache, stored):
