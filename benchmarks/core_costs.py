@@ -180,14 +180,14 @@ def lookups() -> dict[str, Any]:
 def index(policy: str, chunks: int = 1_000_000, evictions: int = 50_000) -> dict[str, Any]:
     """Memory per chunk, and the time to evict one and put another in its place."""
     geometry = Geometry(1, 1, (64,), bytes(32))
-    size = CONTROL_BYTES + chunks * 4096
+    size = CONTROL_BYTES + chunks * 8192  # a header, and a payload of its own page
     slab = Slab.create(size)
     keys = [ChunkKey(blake3(b"%d" % number).digest()) for number in range(chunks + evictions)]
     held = sum(sys.getsizeof(key) for key in keys[:chunks])
     tracemalloc.start()
     decider = Decider(slab, PluginManager().create_policy(policy, size))
     for key in keys[:chunks]:
-        slot = decider.place(key, geometry, 1, 0)
+        slot = decider.place(key, geometry, 1, 0, key)
         assert slot is not None
         decider.commit(slot, geometry)
     used = tracemalloc.get_traced_memory()[0] + held
@@ -205,7 +205,7 @@ def index(policy: str, chunks: int = 1_000_000, evictions: int = 50_000) -> dict
     decider._room_for = timed  # type: ignore[method-assign]
     for key in keys[chunks:]:
         begun = time.perf_counter()
-        slot = decider.place(key, geometry, 1, 0)
+        slot = decider.place(key, geometry, 1, 0, key)
         placing.append(time.perf_counter() - begun)
         assert slot is not None
         decider.commit(slot, geometry)
