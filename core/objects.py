@@ -30,8 +30,9 @@ MAX_SLICES = 64
 """An object has one word for each, to say that it is there."""
 TAGS = 128
 TEXT = TAGS + MAX_SLICES * WORD.size
-HEADER_BYTES = 4096
-"""A page of memory and a block of a disk: the payload of an aligned object is aligned, too."""
+HEADER_BYTES = TEXT + 4096
+"""4736: the payload is aligned to 128 bytes, and not to a page of memory. Pages of engines are, and
+between places of one offset in their pages processors copy a quarter slower."""
 
 _FIXED = struct.Struct("<8sHHIQ32s32sQ32s")
 _CHECKSUM = struct.Struct("<Q")

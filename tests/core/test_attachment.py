@@ -167,8 +167,8 @@ class TestGeometry:
     def test_the_payload_of_a_slice_begins_where_the_one_before_ends(self):
         made = Geometry(4, 4, (10, 20, 30), bytes(32))
         starts = [made.payload_offset(index, 3) for index in range(3)]
-        assert starts == [4096, 4096 + 30, 4096 + 90]
-        assert made.slot_bytes(3) == 4096 + 180
+        assert starts == [4736, 4736 + 30, 4736 + 90]
+        assert made.slot_bytes(3) == 4736 + 180
         assert [made.tag_offset(index) for index in range(3)] == [128, 136, 144]
 
 

@@ -38,7 +38,7 @@ PAYLOAD = bytes(i * 7 % 256 for i in range(300))
 GOLDEN_HEADER = (
     "4c4d434f424a0d0a"  # magic
     "0200"  # version
-    "0010"  # header bytes
+    "8012"  # header bytes
     "03000000"  # pages
     "2c01000000000000"  # payload bytes
     "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"  # key
@@ -65,8 +65,8 @@ def sealed(about=ABOUT, payload=PAYLOAD, background=0xEE):
 def test_the_bytes_of_a_header():
     data = sealed(background=0)
     assert data[:TAGS].hex() == GOLDEN_HEADER
-    assert data[TEXT:HEADER_BYTES] == GOLDEN_TEXT.ljust(3456, b"\0")
-    assert (TAGS, TEXT, HEADER_BYTES) == (128, 640, 4096)
+    assert data[TEXT:HEADER_BYTES] == GOLDEN_TEXT.ljust(4096, b"\0")
+    assert (TAGS, TEXT, HEADER_BYTES) == (128, 640, 4736)
 
 
 def test_an_object_of_a_file_written_once_and_for_all():
@@ -192,8 +192,8 @@ class TestWhatIsSaidOfTheLayouts:
         assert blake3("\n".join(digests).encode()).digest() == ours
 
     def test_what_a_header_has_no_room_for_is_left_out(self):
-        room = 3456 - len('{"layouts":[""],"slices":[0]}')
-        assert len(layouts_text(["x" * room])) == 3456
+        room = 4096 - len('{"layouts":[""],"slices":[0]}')
+        assert len(layouts_text(["x" * room])) == 4096
         assert layouts_text(["x" * (room + 1)]) == b""
 
 
