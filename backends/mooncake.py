@@ -7,7 +7,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
-from lmcache.backends.mooncake_child import AT_ONCE, LANES, Call
+from lmcache.backends.mooncake_child import AT_ONCE, CHECKSUM, LANES, Call
 from lmcache.core.backend import Capabilities, StorageBackend
 from lmcache.core.errors import BackendClosed, BackendError, ConfigError
 from lmcache.core.urls import parse_url
@@ -53,7 +53,7 @@ _ERRORS = {
 
 
 class MooncakeBackend(StorageBackend):
-    """Keeps each object in the pool, at `prefix` and the 64 hex digits of its key.
+    """Keeps each object in the pool, at `prefix` and the 64 hex digits of its key; see `Lane.fill`.
 
     How much there is room for is up to those who contribute memory to the pool. An object of more
     than an eighth of `buffer` is refused. The client is started when it is needed, so the master
@@ -82,22 +82,26 @@ class MooncakeBackend(StorageBackend):
         self._closed = False
 
     def put(self, key: ChunkKey, data: memoryview) -> bool:
-        if not 0 < data.nbytes <= self._buffer // LANES:
+        size = data.nbytes + CHECKSUM.size
+        if not CHECKSUM.size < size <= self._buffer // LANES:
             return False
         with self._lane() as lane:
             lane.fill(data)
-            code = lane.ask(Call.PUT, key, data.nbytes)
+            code = lane.ask(Call.PUT, key, size)
         if code in _NO_ROOM:
             return False
         self._checked(0 if code == _THERE_ALREADY else code)
         return True
 
     def get_into(self, key: ChunkKey, out: memoryview) -> int | None:
+        room = min(out.nbytes + CHECKSUM.size, self._buffer // LANES)
         with self._lane() as lane:
-            size = lane.ask(Call.GET, key, min(out.nbytes, self._buffer // LANES))
-            if size > 0:
-                lane.empty_into(out, size)
-        return None if size in _MISSES else self._checked(size)
+            size = lane.ask(Call.GET, key, room)
+            if size >= 0 and not lane.empty_into(out, size):
+                # the pool lends the memory of what is removed while somebody still reads it
+                self._removed(lane, key)
+                size = _NOT_THERE
+        return None if size in _MISSES else self._checked(size) - CHECKSUM.size
 
     def contains(self, key: ChunkKey) -> bool:
         return self.count_leading([key]) == 1
@@ -115,15 +119,17 @@ class MooncakeBackend(StorageBackend):
 
     def remove(self, key: ChunkKey) -> bool:
         with self._lane() as lane:
-            code = lane.ask(Call.REMOVE, key)
-        self._checked(0 if code == _NOT_THERE else code)
-        return code == 0
+            return self._removed(lane, key)
 
     def close(self) -> None:
         with self._lock:
             process, self._process, self._closed = self._process, None, True
         if process is not None:
             process.close()
+
+    def _removed(self, lane: Lane, key: ChunkKey) -> bool:
+        code = lane.ask(Call.REMOVE, key)
+        return code != _NOT_THERE and self._checked(code) == 0
 
     def _checked(self, answer: int) -> int:
         if answer < 0:

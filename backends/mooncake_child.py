@@ -28,6 +28,8 @@ REQUEST = struct.Struct("<BQ")
 """A `Call` and how much of its lane's memory it may use. The keys follow."""
 ANSWER = struct.Struct("<q")
 """A length, a count or zero; less than that is an error code of Mooncake's."""
+CHECKSUM = struct.Struct("<Q")
+"""Behind each object in the pool: xxh3 of the object."""
 _CLOSING_S = 3
 _LONGEST = REQUEST.size + AT_ONCE * KEY_BYTES
 

@@ -17,8 +17,9 @@ from queue import Empty, LifoQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
-from lmcache.backends.mooncake_child import ANSWER, LANES, REQUEST, Settings
+from lmcache.backends.mooncake_child import ANSWER, CHECKSUM, LANES, REQUEST, Settings
 from lmcache.core.slab import Slab, anonymous_file
 
 if TYPE_CHECKING:
@@ -68,12 +69,21 @@ class Lane:
         return answer
 
     def fill(self, data: memoryview) -> None:
-        """Copy `data` to where the next call finds it."""
+        """Copy `data` to where the next call finds it, and its checksum behind it."""
         self._memory[: data.nbytes] = np.frombuffer(data, np.uint8)
+        CHECKSUM.pack_into(self._memory.data, data.nbytes, xxh3_64_intdigest(data))
 
-    def empty_into(self, out: memoryview, size: int) -> None:
-        """Copy the `size` bytes that the last call has brought to the front of `out`."""
-        np.frombuffer(out, np.uint8)[:size] = self._memory[:size]
+    def empty_into(self, out: memoryview, size: int) -> bool:
+        """Copy to the front of `out` what the last call has brought: `size` bytes with the checksum.
+
+        Whether that is right.
+        """
+        length = size - CHECKSUM.size
+        if length < 0:
+            return False
+        np.frombuffer(out, np.uint8)[:length] = self._memory[:length]
+        (checksum,) = CHECKSUM.unpack_from(self._memory.data, length)
+        return bool(xxh3_64_intdigest(out[:length]) == checksum)
 
 
 class MooncakeProcess:

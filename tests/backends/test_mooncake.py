@@ -17,7 +17,7 @@ from mooncake_server import POOL_BYTES, WHY_NOT, Contributor, Master, needs_moon
 from redis_server import free_port
 
 from lmcache.backends.mooncake import MooncakeBackend, from_url, lmcache_backends
-from lmcache.backends.mooncake_child import LANES
+from lmcache.backends.mooncake_child import CHECKSUM, LANES, Call
 from lmcache.core.errors import BackendClosed, BackendError, ConfigError
 from lmcache.testing import BackendSuite
 
@@ -161,9 +161,10 @@ class TestRoom:
 
     def test_what_does_not_go_through_the_buffer_is_refused(self, lasting_pool, open_one):
         backend = open_one(f"{lasting_pool.url}?buffer=8MiB")
-        assert put(backend, 1, 1 << 20) is True
-        assert put(backend, 2, (1 << 20) + 1) is False
-        assert got(backend, 1, 2 << 20) == content(1, 1 << 20)
+        most = (1 << 20) - CHECKSUM.size
+        assert put(backend, 1, most) is True
+        assert put(backend, 2, most + 1) is False
+        assert got(backend, 1, 2 << 20) == content(1, most)
         assert backend.remove(key(1))
 
     def test_what_others_put_through_a_larger_one_is_a_miss(self, lasting_pool, open_one):
@@ -172,6 +173,21 @@ class TestRoom:
         assert small.contains(key(3))
         assert got(small, 3, 4 << 20) is None
         assert large.remove(key(3))
+
+    @pytest.mark.parametrize("size", [1000 + CHECKSUM.size, 1000, CHECKSUM.size - 1])
+    def test_what_is_not_whole_is_a_miss_and_goes(self, lasting_pool, open_one, size):
+        """As when the pool has lent its memory to another object while it was read."""
+        backend = open_one(lasting_pool.url)
+        with backend._lane() as lane:
+            lane.fill(memoryview(content(5, 1000)))
+            lane._memory[3] ^= 1
+            assert lane.ask(Call.PUT, key(5), size) == 0
+        assert backend.contains(key(5))
+        assert got(backend, 5) is None
+        assert not backend.contains(key(5))
+        assert put(backend, 5)
+        assert got(backend, 5) == content(5, 1000)
+        assert backend.remove(key(5))
 
     def test_nothing_is_no_object(self, lasting_pool, open_one):
         backend = open_one(lasting_pool.url)
