@@ -74,9 +74,9 @@ class Lane:
         CHECKSUM.pack_into(self._memory.data, data.nbytes, xxh3_64_intdigest(data))
 
     def empty_into(self, out: memoryview, size: int) -> bool:
-        """Copy to the front of `out` what the last call has brought: `size` bytes with the checksum.
+        """Copy the object that the last call has brought to the front of `out`.
 
-        Whether that is right.
+        It is of `size` bytes with its checksum; returns whether that is right.
         """
         length = size - CHECKSUM.size
         if length < 0:
