@@ -134,6 +134,11 @@ class Attachment(CacheClient):
         self.flights.settle()
         return self.tiers.lookup(owner, chain, self.geometry, stop, asking)
 
+    def may_have(self, chain: KeyChain, stop: int) -> bool:
+        """Whether every chunk before `stop` is in the slab, or slower tiers may have it."""
+        self.flights.settle()
+        return len(self.tiers) > 0 or self.decider.has_all(chain, stop)
+
     def keeps(self, hit: Hit, *, promised: bool = False) -> bool:
         """Look among the decider's leases; a promised one is as good as in the air."""
         with self.decider.lock:

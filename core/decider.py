@@ -142,6 +142,11 @@ class Decider:
             pages = [self._index.pages[entry] for entry in entries]
         return [(chain.part(chunk, count), count) for chunk, count in enumerate(pages)], reason
 
+    def has_all(self, chain: KeyChain, stop: int) -> bool:
+        """Whether every full chunk before `stop` is stored. A hint: nothing is leased."""
+        entries = self._index.leading(chain.full(stop))
+        return len(entries) == stop // chain.chunk_tokens
+
     def lookup(
         self, owner: str, chain: KeyChain, geometry: Geometry, stop: int, start: int = 0
     ) -> Hit:
@@ -169,7 +174,11 @@ class Decider:
         return Hit(slots, lease, Receipt(tokens, asked, reason, {"l1": tokens}, size, spent))
 
     def _walk(self, chain: KeyChain, stop: int, first: int = 0) -> tuple[list[int], Reason]:
-        """The entries stored from chunk `first` on without a gap, and why there are no more."""
+        """The entries stored from chunk `first` on without a gap, and why there are no more.
+
+        Of a sequence that is not known as far as `stop` no more is looked for than is known.
+        """
+        stop = min(stop, len(chain.tokens))
         entries = self._index.leading(chain.full(stop, first))
         chunk = first + len(entries)
         pages = chain.pages_in(chunk, stop)

@@ -58,6 +58,9 @@ class Tiers:
         if self._tiers:
             atexit.register(self.close)
 
+    def __len__(self) -> int:
+        return len(self._tiers)
+
     def lookup(
         self, owner: str, chain: KeyChain, geometry: Geometry, stop: int, asking: Asking = PLAIN
     ) -> Hit | None:

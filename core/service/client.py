@@ -100,12 +100,17 @@ class ServiceClient(CacheClient):
     def lookup(self, owner: str, chain: KeyChain, stop: int, asking: Asking = PLAIN) -> Hit | None:
         """At once if the server answers at once; otherwise later."""
         length = stop - asking.start
+        # while a load goes on there is always a next step to ask in
+        patience_s = 0 if asking.start else self._patience_s
         try:
             asked = self._lookups.get(owner) or self._ask(owner, chain, stop, asking)
+            answer = self._link.poll(asked.number, patience_s)
+            if isinstance(answer, wire.Lacking):
+                self._end_lookup(owner)
+                asked = self._ask(owner, chain, stop, asking, brief=False)
+                answer = self._link.poll(asked.number, patience_s)
         except ServiceError:
             return _miss(length, Reason.DEGRADED)
-        # while a load goes on there is always a next step to ask in
-        answer = self._link.poll(asked.number, 0 if asking.start else self._patience_s)
         if isinstance(answer, wire.Fetching):
             asked.deadline = time.monotonic() + self.about.fetch_timeout_s + self._deadline_s
             return None
@@ -190,9 +195,12 @@ class ServiceClient(CacheClient):
 
     # ----
 
-    def _ask(self, owner: str, chain: KeyChain, stop: int, asking: Asking) -> _Lookup:
+    def _ask(
+        self, owner: str, chain: KeyChain, stop: int, asking: Asking, *, brief: bool = True
+    ) -> _Lookup:
         # a guess would be read from slower tiers, and what is right would have to wait for that
-        number = self._begin(owner, chain, stop, asking, guess=not self.about.has_tiers)
+        brief = brief and not self.about.has_tiers
+        number = self._begin(owner, chain, stop, asking, brief=brief)
         os.sched_yield()  # or the thread that sends it may have to wait for what we do next
         is_so = False
         try:
@@ -201,12 +209,12 @@ class ServiceClient(CacheClient):
             if not is_so:  # the lease that it brings is given back
                 self._link.end(number)
         if not is_so:
-            number = self._begin(owner, chain, stop, asking, guess=False)
+            number = self._begin(owner, chain, stop, asking, brief=False)
         asked = self._lookups[owner] = _Lookup(number, time.monotonic() + self._deadline_s)
         return asked
 
-    def _begin(self, owner: str, chain: KeyChain, stop: int, asking: Asking, *, guess: bool) -> int:
-        sequence, more = self._told_of(chain, stop, guess=guess)
+    def _begin(self, owner: str, chain: KeyChain, stop: int, asking: Asking, *, brief: bool) -> int:
+        sequence, more = self._told_of(chain, stop, brief=brief)
         self._owners.add(owner)
         call = wire.Lookup(owner=owner, sequence=sequence, more=more, stop=stop, **asking._asdict())
         return self._link.begin(call)
@@ -224,12 +232,12 @@ class ServiceClient(CacheClient):
         return Hit(found.slots, lease, wire.receipt_of(found), found.more)
 
     def _told_of(
-        self, chain: KeyChain, stop: int, *, guess: bool = False
+        self, chain: KeyChain, stop: int, *, brief: bool = False
     ) -> tuple[int, wire.More | None]:
         """Like `Told.tell`. Raises `ServiceError` if nothing can be told."""
         if not self._link.is_up():
             raise ServiceError("the server does not answer")
-        return self._told.tell(chain, stop, guess=guess)
+        return self._told.tell(chain, stop, brief=brief)
 
     def _forget(self) -> None:
         if ended := self._told.ended():

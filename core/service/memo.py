@@ -59,12 +59,14 @@ class Memo(Generic[Item]):
         return old
 
 
-def take_keys(memo: Memo[KeyChain], chain: KeyChain) -> None:
-    """Give a sequence that has just begun the keys that are known, and remember it."""
+def take_keys(memo: Memo[KeyChain], chain: KeyChain, *, keep: bool = True) -> None:
+    """Give a sequence the keys that are known, and remember it if it is to be kept."""
     tokens = chain.tokens
     assert isinstance(tokens, array)
     start = beginning(chain, tokens)
-    like = memo.swap(start, chain, len(tokens)) if start else None
+    if start is None:
+        return
+    like = memo.swap(start, chain, len(tokens)) if keep else memo.get(start)
     if like and not chain.has_keys(len(tokens)):
         assert isinstance(like.tokens, array)
         chain.adopt(like, common(tokens, like.tokens))

@@ -232,7 +232,7 @@ class Service:
             lease_s=self.terms.lease_s,
             fetch_timeout_s=self.terms.fetch_timeout_s,
             capacity_bytes=self.decider.capacity_bytes,
-            has_tiers=bool(self.tiers.describe()),
+            has_tiers=len(self.tiers) > 0,
         )
 
     # ---- what nobody asked for just now

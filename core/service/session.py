@@ -132,10 +132,15 @@ class Session:
     # ----
 
     def _lookup(self, number: int, call: wire.Lookup) -> wire.Reply:
-        chain = self._sequence(call.sequence, call.more, call.stop)
+        chain = self._sequence(call.sequence, call.more)
         if call.start % chain.chunk_tokens or call.start > call.stop:
             raise ServiceError(f"a lookup of tokens {call.start} to {call.stop}")
         stop = self._answerable(call.start, call.stop)
+        is_known = len(chain.tokens) >= stop
+        if call.more:
+            take_keys(self.memo, chain, keep=is_known)
+        if not is_known and self.attachment.may_have(chain, len(chain.tokens)):
+            return wire.Lacking()
         asking = Asking(call.start, call.in_windows, call.priority)
         self._check_lookups()
         self.owners.add(call.owner)
@@ -158,7 +163,11 @@ class Session:
         return wire.found(hit)
 
     def _reserve(self, call: wire.Reserve) -> wire.Reply:
-        chain = self._sequence(call.sequence, call.more, call.stop)
+        chain = self._sequence(call.sequence, call.more)
+        if len(chain.tokens) < call.stop:
+            raise UnknownError("a sequence")
+        if call.more and call.more.at == 0:
+            take_keys(self.memo, chain)
         stop = self._answerable(call.start, call.stop)
         slots, reason = self.attachment.reserve(chain, call.start, stop, tail=call.tail)
         self.reserved.update((slot.generation, slot) for slot in slots)
@@ -201,7 +210,7 @@ class Session:
         slots = [self.reserved.pop(generation) for generation in wanted]
         return slots, [self.hits.pop(lease) for lease in loads if lease in self.hits]
 
-    def _sequence(self, number: int, more: wire.More | None, stop: int) -> KeyChain:
+    def _sequence(self, number: int, more: wire.More | None) -> KeyChain:
         """The sequence, as it has grown. Raises `UnknownError` if some of it is lacking."""
         chain = self.sequences.get(number)
         if more is not None:
@@ -210,9 +219,7 @@ class Session:
             elif chain is None or len(chain.tokens) != more.at or more.like:
                 raise UnknownError("the beginning of a sequence")
             self._grow(chain, more.tokens)
-            if more.at == 0:
-                take_keys(self.memo, chain)
-        if chain is None or len(chain.tokens) < stop:
+        if chain is None:
             raise UnknownError("a sequence")
         return chain
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MEMO_TOKENS = 2 << 20
 """8 MiB in the engine."""
 SAMPLES = 64
+BEGINNING = 8_192
+"""Tokens that show whether anything is stored of a sequence that begins like no other."""
 
 
 class _Told:
@@ -42,24 +44,26 @@ class Told:
         self._ended: deque[int] = deque()
 
     def tell(
-        self, chain: KeyChain, stop: int, *, guess: bool = False
+        self, chain: KeyChain, stop: int, *, brief: bool = False
     ) -> tuple[int, wire.More | None]:
         """The number of a sequence and what the server lacks of its first `stop` tokens.
 
-        To be sent in the order of the calls: it counts as told from now on. With `guess`, what it
-        begins with may be guessed, until `confirm`: the server can begin while we compare.
+        To be sent in the order of the calls: it counts as told from now on. If it is to be `brief`,
+        no more than the beginning is told, or what it begins with is guessed, until `confirm`: the
+        server can begin while we compare.
         """
         told = self._of.get(chain)
         if told is None or told.guessed:
-            like = self._likely(chain, stop) if guess else None
-            return self._guess(chain, stop, like) if like else self._begin(chain, stop)
+            like = self._likely(chain, stop) if brief else None
+            if like:
+                return self._guess(chain, stop, like)
+            return self._begin(chain, self._enough(chain, stop) if brief else stop)
         at = len(told.tokens)
-        if at >= stop:
+        if at >= stop or brief:
             return told.number, None
-        tokens = _packed(chain.tokens, at, stop)
-        told.tokens = told.tokens + tokens  # not in place: what is being sent may still be read
+        told.tokens = _grown(told.tokens, chain.tokens, stop)
         self._remember(chain, told)
-        return told.number, _more(chain, tokens, at=at)
+        return told.number, _more(chain, told.tokens, at)
 
     def confirm(self, chain: KeyChain) -> bool:
         """Whether what was told is so; if not, none of it counts as told."""
@@ -85,13 +89,21 @@ class Told:
         if like is None:
             return told.number, _more(chain, told.tokens)
         known = common(told.tokens, like.tokens)
-        return told.number, _more(chain, told.tokens[known:], like=wire.Like(like.number, known))
+        return told.number, _more(chain, told.tokens, like=wire.Like(like.number, known))
 
     def _guess(self, chain: KeyChain, stop: int, like: _Told) -> tuple[int, wire.More]:
         known = len(like.tokens)
-        rest = _packed(chain.tokens, known, stop)
-        told = self._new(chain, like.tokens + rest, guessed=True)
-        return told.number, _more(chain, rest, like=wire.Like(like.number, known))
+        tokens = like.tokens + _packed(chain.tokens, known, stop)
+        told = self._new(chain, tokens, guessed=True)
+        return told.number, _more(chain, tokens, like=wire.Like(like.number, known))
+
+    def _enough(self, chain: KeyChain, stop: int) -> int:
+        """How much to tell of a sequence at first: what begins like another may well be stored."""
+        few = max(BEGINNING, chain.chunk_tokens)
+        if stop < 2 * few:
+            return stop
+        start = beginning(chain, _packed(chain.tokens, 0, chain.chunk_tokens))
+        return stop if start and self._memo.get(start) else few
 
     def _likely(self, chain: KeyChain, stop: int) -> _Told | None:
         """What the sequence seems to begin with, by some of its tokens."""
@@ -115,8 +127,10 @@ class Told:
 
 
 def _more(
-    chain: KeyChain, tokens: array[int], *, at: int = 0, like: wire.Like | None = None
+    chain: KeyChain, tokens: array[int], at: int = 0, *, like: wire.Like | None = None
 ) -> wire.More:
+    """What follows the first `at` of the sequence's tokens, or those that are like another's."""
+    start = like.tokens if like else at
     if sys.byteorder == "big":
         tokens = tokens[:]
         tokens.byteswap()
@@ -125,7 +139,7 @@ def _more(
         shown=[wire.Shown(i.identifier, i.offset, i.length) for i in chain.inserts],
         at=at,
         like=like,
-        tokens=memoryview(tokens).cast("B"),
+        tokens=memoryview(tokens)[start:].cast("B"),
     )
 
 
@@ -136,3 +150,10 @@ def _packed(tokens: Sequence[int], start: int, stop: int) -> array[int]:
     else:
         packed.extend(tokens[start:stop])
     return packed
+
+
+def _grown(packed: array[int], tokens: Sequence[int], stop: int) -> array[int]:
+    """Not in place: what is being sent may still be read."""
+    if stop > 2 * len(packed):  # all of it costs less than the rest, and to join them
+        return _packed(tokens, 0, stop)
+    return packed + _packed(tokens, len(packed), stop)

@@ -210,6 +210,10 @@ class Fetching(msgspec.Struct, frozen=True, tag=True):
     """A slower tier is being read; `Found` follows under the same number."""
 
 
+class Lacking(msgspec.Struct, frozen=True, tag=True):
+    """All that the server knows of the sequence is stored, and the lookup is of more: tell it."""
+
+
 class Reserved(msgspec.Struct, frozen=True, tag=True):
     """The answer to `Reserve`."""
 
@@ -236,7 +240,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     final: bool = False
 
 
-Reply = Attached | Found | Fetching | Reserved | Pong | Unknown | Refused
+Reply = Attached | Found | Fetching | Lacking | Reserved | Pong | Unknown | Refused
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True):

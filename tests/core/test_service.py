@@ -17,6 +17,7 @@ from redis_server import RedisServer, needs_server
 from s3_server import S3Server, needs_s3
 
 from lmcache.backends.memory import MemoryBackend
+from lmcache.core import chain as chain_module
 from lmcache.core.assembly import open_tier
 from lmcache.core.engine import moves_for
 from lmcache.core.errors import ConfigError, ServiceError
@@ -248,6 +249,71 @@ class TestSharing:
         engine.lookup(engine.chain(sequence))
         assert sent[0].more.like.tokens == 4 * CHUNK
 
+    def test_the_beginning_shows_that_nothing_is_stored(self, house, join, monkeypatch):
+        monkeypatch.setattr(told, "BEGINNING", 2 * CHUNK)
+        engine = join(house)
+        sent = overheard(engine, monkeypatch)
+        chain = engine.chain(rig.tokens(6 * CHUNK))
+        for _ in range(2):
+            receipt = engine.lookup(chain).receipt
+            assert (receipt.tokens, receipt.asked) == (0, 6 * CHUNK)
+            assert receipt.reason is Reason.NEVER_STORED
+        assert [asked.more and len(asked.more.tokens) // 4 for asked in sent] == [2 * CHUNK, None]
+        assert house.decider.counters["lookup_tokens"] == 12 * CHUNK
+
+    @pytest.mark.parametrize("stored", [1, 2, 4, 6])
+    def test_more_is_told_if_the_beginning_is_stored(self, house, join, monkeypatch, stored):
+        monkeypatch.setattr(told, "BEGINNING", 2 * CHUNK)
+        first, second = join(house), join(house)
+        sequence = rig.tokens(6 * CHUNK)
+        first.compute(sequence, range(24))
+        first.store(sequence[: stored * CHUNK], range(24))
+        rig.wait_until(house.idle)
+        hashed = []
+        key = chain_module.next_key
+        monkeypatch.setattr(chain_module, "next_key", lambda *said: hashed.append(1) or key(*said))
+        sent = overheard(second, monkeypatch)
+        hit, failed = second.load(sequence, range(4, 28))
+        assert (hit.tokens, hit.receipt.asked, failed) == (stored * CHUNK, 6 * CHUNK, [])
+        assert second.wrong(sequence, range(4, 28), hit.tokens) == []
+        lookups = [body for body in sent if isinstance(body, wire.Lookup)]
+        told_of = [len(asked.more.tokens) // 4 for asked in lookups]
+        assert told_of == ([2 * CHUNK] if stored == 1 else [2 * CHUNK, 4 * CHUNK])
+        # keys that the server knows from another engine are not computed again: only those of the
+        # first chunk that is not stored, and of its tails
+        assert len(hashed) == (0 if stored == 6 else rig.PAGES_PER_CHUNK)
+        assert house.decider.counters["lookup_tokens"] == 6 * CHUNK
+        second.client.release("r", None)
+        rig.wait_until(house.idle)
+
+    def test_what_begins_like_another_is_told_at_once(self, house, join, monkeypatch):
+        monkeypatch.setattr(told, "BEGINNING", CHUNK)
+        engine = join(house)
+        sequence = rig.tokens(4 * CHUNK)
+        engine.lookup(engine.chain(sequence[: 2 * CHUNK - 1]))
+        sent = overheard(engine, monkeypatch)
+        engine.lookup(engine.chain([*sequence[:CHUNK], *rig.tokens(3 * CHUNK, 5)]))
+        [asked] = sent
+        assert (asked.more.like.tokens, len(asked.more.tokens) // 4) == (CHUNK, 3 * CHUNK)
+
+    def test_a_server_with_slower_tiers_is_told_all(self, start, join, monkeypatch):
+        monkeypatch.setattr(told, "BEGINNING", CHUNK)
+        house = start(MemoryBackend(), slots=16)
+        engine = join(house)
+        sent = overheard(engine, monkeypatch)
+        engine.lookup(engine.chain(rig.tokens(4 * CHUNK)))
+        assert [len(asked.more.tokens) // 4 for asked in sent] == [4 * CHUNK]
+        # for it cannot say at once what is stored
+        number, more = engine.client._told.tell(engine.chain(rig.tokens(CHUNK, 7)), CHUNK)
+        ask = wire.Lookup(owner="other", sequence=number, more=more, stop=3 * CHUNK)
+        assert engine.client._link.call(ask, DEADLINE_S) == wire.Lacking()
+
+    def test_a_server_that_always_lacks_something_has_no_hits(self, house, join, monkeypatch):
+        engine = join(house)
+        monkeypatch.setattr(sessions.Session, "_lookup", lambda *_: wire.Lacking())
+        hit = engine.lookup(engine.chain(rig.tokens(2 * CHUNK)))
+        assert (hit.tokens, hit.receipt.reason) == (0, Reason.DEGRADED)
+
     @pytest.mark.parametrize("bad", [-1, 2**32, "x"])
     def test_a_guess_about_what_is_no_token_is_taken_back(self, house, join, bad):
         engine = join(house)
@@ -288,10 +354,10 @@ class TestSharing:
         told_of, chain = engine.client._told, engine.chain(kind(rig.tokens(2 * CHUNK)))
         told_of.tell(chain, 2 * CHUNK - 6)
         chain.tokens = chain.tokens[: CHUNK + 2]
-        for guess in (True, False):
-            _, more = told_of.tell(chain, 3 * CHUNK, guess=guess)
+        for brief in (True, False):
+            _, more = told_of.tell(chain, 3 * CHUNK, brief=brief)
             assert more is None or len(more.tokens) == 0
-            _, more = told_of.tell(engine.chain(chain.tokens), 3 * CHUNK, guess=guess)
+            _, more = told_of.tell(engine.chain(chain.tokens), 3 * CHUNK, brief=brief)
             assert more.like.tokens + len(more.tokens) // 4 == CHUNK + 2
 
     def test_a_guess_that_could_not_be_sent_is_no_promise(self, house, join, monkeypatch):
