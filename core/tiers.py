@@ -81,7 +81,7 @@ class Tiers:
             if hit.receipt.reason is not Reason.BEING_WRITTEN or self._is_worth(want, asking):
                 if self._fetch(owner, hit, want, geometry, asking):
                     return None
-                hit = _because(hit, Reason.TIER_FAILED)
+                hit = self._window_of(_because(hit, Reason.TIER_FAILED), geometry, asking.start, 0)
         self._looked_up(hit, asking.start)
         return hit
 
@@ -180,16 +180,30 @@ class Tiers:
         reason = fetch.reason if fetch.done.is_set() else Reason.TIMED_OUT
         if reason is Reason.TIMED_OUT and not fetch.abandoned:
             self._blame(fetch)
+        if hit.receipt.reason not in (Reason.NONE, Reason.TIMED_OUT):
+            is_cut = fetch.window and reason is Reason.NO_ROOM
+            hit = _because(hit, reason)
+            hit = self._window_of(hit, geometry, start, fetch.reach if is_cut else 0)
         by_tier = fetch.take_brought(hit)
         fetch.abandon(self._decider)
-        if hit.receipt.reason not in (Reason.NONE, Reason.TIMED_OUT):
-            hit = _because(hit, reason)
-        more = 0
-        if hit.tokens and fetch.window and reason is Reason.NO_ROOM:
-            more = max(0, fetch.reach - start - hit.tokens)
-        hit = replace(hit, receipt=replace(hit.receipt, by_tier=by_tier), more=more)
+        hit = replace(hit, receipt=replace(hit.receipt, by_tier=by_tier))
         self._looked_up(hit, start)
         return hit
+
+    def _window_of(self, hit: Hit, geometry: Geometry, start: int, reach: int) -> Hit:
+        """What a load takes of a hit that is not all of it, and how much more it may ask for.
+
+        If there is more, up to `reach`, or was before, it stops where a chunk does: there is no
+        going on from anywhere else.
+        """
+        whole = _whole_chunks(hit, geometry)
+        more = max(0, reach - start - whole.tokens) if whole.tokens else 0
+        if not start and not more:
+            return hit
+        if not whole.slots:
+            self._decider.release(hit.lease)
+            whole = replace(whole, lease=None)
+        return replace(whole, more=more)
 
     def _looked_up(self, hit: Hit, start: int) -> None:
         """Count a lookup; what a window brings is of one that was counted before."""
@@ -206,6 +220,17 @@ class Tiers:
         for tier in self._tiers:
             if tier.calls or not fetch.started:
                 tier.failed(late)
+
+
+def _whole_chunks(hit: Hit, geometry: Geometry) -> Hit:
+    """`hit` without a last chunk of fewer pages; the lease stays."""
+    if not hit.slots or hit.slots[-1].pages == geometry.pages_per_chunk:
+        return hit
+    pages, receipt = hit.slots[-1].pages, hit.receipt
+    tokens = receipt.tokens - pages * geometry.page_tokens
+    size = receipt.bytes - pages * geometry.page_bytes
+    receipt = replace(receipt, tokens=tokens, bytes=size, by_tier={"l1": tokens})
+    return replace(hit, slots=hit.slots[:-1], receipt=receipt)
 
 
 def _because(hit: Hit, reason: Reason) -> Hit:

@@ -94,9 +94,9 @@ class Cache:
     def counters(self):
         return self.decider.counters
 
-    def store(self, sequence, *, flush=True, tail=True):
+    def store(self, sequence, *, start=0, flush=True, tail=True):
         chain = rig.chain(sequence)
-        slots, reason = self.decider.reserve(chain, GEOMETRY, 0, len(sequence), tail=tail)
+        slots, reason = self.decider.reserve(chain, GEOMETRY, start, len(sequence), tail=tail)
         for slot in slots:
             self.payload(slot)[:] = expected(slot)
             where = slot.offset + GEOMETRY.tag_offset(0)
@@ -567,6 +567,39 @@ class TestWindows:
         counted = cache.counters
         assert (counted["lookups"], counted["lookup_tokens"]) == (1, 8 * CHUNK)
         assert counted["hit_tokens"] == 8 * CHUNK
+        cache.assert_idle()
+
+    @pytest.mark.parametrize("pages", [0, 2])
+    def test_parts_end_where_chunks_do(self, new_cache, stored, pages):
+        """Though the slab has a page of the next one; but for the last, which has no more."""
+        tokens = rig.tokens(6 * CHUNK + pages * PAGE)
+        cache = new_cache(stored(tokens), slots=4)
+        start, chain = 0, rig.chain(tokens)
+        while start < len(tokens):
+            following = start + CHUNK
+            cache.store(tokens[: min(following + PAGE, len(tokens))], start=following)
+            asking = Asking(start, in_windows=True)
+            while not (hit := cache.tiers.lookup("r", chain, GEOMETRY, len(tokens), asking)):
+                cache.tiers.wait("r")
+            cache.tiers.forget("r")
+            end = start + hit.tokens
+            assert end == len(tokens) or (hit.tokens and not end % CHUNK)
+            assert start or (hit.tokens, hit.more) == (CHUNK, len(tokens) - CHUNK)
+            assert sum(hit.receipt.by_tier.values()) == hit.tokens
+            assert hit.receipt.bytes == hit.tokens // PAGE * rig.PAGE_BYTES
+            cache.decider.release(hit.lease)
+            start = end
+        cache.assert_idle()
+
+    def test_a_later_part_of_some_pages_is_none(self, new_cache):
+        cache = new_cache(Backend(), slots=4)
+        tokens = rig.tokens(2 * CHUNK)
+        cache.store(tokens[: CHUNK + PAGE])
+        hit = self.ask(cache, 1, 2)
+        assert (hit.tokens, hit.slots, hit.lease, hit.more) == (0, [], None, 0)
+        hit = self.ask(cache, 0, 2)
+        assert (hit.tokens, hit.more) == (CHUNK + PAGE, 0)
+        cache.decider.release(hit.lease)
         cache.assert_idle()
 
     def test_what_fits_comes_at_once(self, new_cache, stored):

@@ -73,7 +73,7 @@ class Traffic:
             engine.decider.clear()
         elif kind == "expire":
             self.skew += 1000.0
-        elif kind == "break" and engine.cache:  # it may be about to attach again
+        elif kind == "break":
             break_some(engine.decider, engine.cache.geometry, self.rng)
 
     def run(self, steps):
