@@ -43,8 +43,6 @@ class Tracked:
     loaded: int = 0
     at: int = 0
     """Where the next window of a load begins that memory cannot hold at once."""
-    load_stop: int = 0
-    """Where the last of them ends, in whole pages."""
     running: bool = False
     awaited: bool = False
     """vLLM made room for a load outside the batch and has not computed anything since."""
@@ -77,8 +75,6 @@ class Draft:
             return False
         assert hit.tokens + hit.more >= end, f"{wanted} tokens wanted of {hit.tokens}"
         tracked.loaded, tracked.at = wanted, 0
-        pages = -(-end // self.cache.geometry.page_tokens)
-        tracked.load_stop = min(pages * self.cache.geometry.page_tokens, request.num_tokens)
         self.load_window(tracked, hit)
         return True
 
