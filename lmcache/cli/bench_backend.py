@@ -31,7 +31,12 @@ if TYPE_CHECKING:
 
 FIGURES = ("put_gb_s", "put_p50_ms", "put_p99_ms", "get_gb_s", "get_p50_ms", "get_p99_ms")
 
-BESIDE = ("fio_put_gb_s", "put_of_fio", "fio_get_gb_s", "get_of_fio")
+BESIDE = {
+    "put_of_fio": ("put_gb_s", "fio_put_gb_s"),
+    "put_of_fio_files": ("put_gb_s", "fio_files_put_gb_s"),
+    "get_of_fio": ("get_gb_s", "fio_get_gb_s"),
+}
+"""Each is what the backend reaches of what fio does."""
 
 
 def backend(
@@ -75,9 +80,9 @@ def in_turns(
         figures = measure(store, *case)
         if fio:
             figures |= fio.measure(*case)
-            for name in ("put", "get"):
+            for name, (ours, theirs) in BESIDE.items():
                 # of one turn: what the machine does besides changes from one to the next
-                figures[f"{name}_of_fio"] = figures[f"{name}_gb_s"] / figures[f"fio_{name}_gb_s"]
+                figures[name] = figures[ours] / figures[theirs]
         seen.append(figures)
     middle = {name: [figures[name] for figures in seen] for name in seen[0]}
     return {
@@ -159,7 +164,8 @@ class Calls:
 
 def _shown(rows: list[dict[str, Any]]) -> str:
     header = ["size", "depth", "objects", "refused", "missed", "wrong", *FIGURES, "memcpy_gb_s"]
-    header += [name for name in BESIDE if name in rows[0]]
+    if "put_of_fio" in rows[0]:
+        header += [column for name, (_, theirs) in BESIDE.items() for column in (theirs, name)]
     cells = [[row[name] for name in header] for row in rows]
     shown = [[f"{c:.3f}" if isinstance(c, float) else c for c in line] for line in cells]
     return table(header, shown)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from lmcache.backends.memory import MemoryBackend
 from lmcache.cli.bench import app
-from lmcache.cli.bench_backend import FIGURES, measure
+from lmcache.cli.bench_backend import BESIDE, FIGURES, measure
 from lmcache.core.errors import BackendError, ConfigError
 from lmcache.plugins.manager import PluginManager
 from lmcache.testing.faults import Corrupting, Flaky
@@ -39,12 +39,15 @@ def test_a_sound_backend(capsys):
 @pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
 def test_beside_files_stands_what_fio_reaches(tmp_path):
     url = f"file://{tmp_path}?max_size=1GB"
-    done = run(url, *"--size 256KiB --depth 2 --total 4MiB --format json".split())
+    done = run(url, *"--size 256KiB --depth 2 --total 4MiB --rounds 1 --format json".split())
     said = json.loads(done.stdout)
     assert said["url"] == url
     [row] = said["rows"]
     assert row["wrong"] == row["missed"] == row["refused"] == 0
-    assert all(row[name] > 0 for name in (*FIGURES, "fio_put_gb_s", "fio_get_gb_s"))
+    assert all(row[name] > 0 for name in FIGURES)
+    for name, (ours, theirs) in BESIDE.items():
+        assert row[ours] > 0 < row[theirs]
+        assert row[name] == pytest.approx(row[ours] / row[theirs])
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"usage"}
 
 
