@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("groups", nargs="*", choices=[*groups, []], help="default: all")
     parser.add_argument("--model", help="a model for vLLM; default: the demo's")
-    parser.add_argument("--tier", action="append", help="a URL for `tiers`; default: files")
+    parser.add_argument("--tier", action="append", help="a URL for `tiers`; default: files, vLLM's too")
     chosen = parser.parse_args()
     wanted = chosen.groups or groups
 
@@ -77,7 +77,7 @@ def main() -> None:
         show("vLLM, a warm request against vLLM's own prefix hit", results["vllm"]["hits"])
     if "tiers" in wanted:
         results["tiers"] = tier_costs.run(model, chosen.tier or [])
-        show("vLLM, time to the first token after a restart of the server", results["tiers"])
+        show("vLLM, time to the first token after all was killed", results["tiers"])
 
     folder = ROOT / "bench-results"
     folder.mkdir(exist_ok=True)

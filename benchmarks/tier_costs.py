@@ -22,7 +22,7 @@ from service_costs import free_port
 from vllm_costs import ENVIRONMENT, PROMPT_TOKENS, Answer, Engine, prompts_of
 
 WARM_UP = 2
-PROMPTS = 4
+PROMPTS = 8
 WAIT_S = 60
 VLLM_FILES = "vllm+file"
 PAGE_TOKENS = 128
@@ -94,7 +94,7 @@ class Lmcache(Served):
         return bool(json.loads(self._get("status"))["engines"])
 
     def _sum(self, counter: str) -> float:
-        pattern = rf"^lmcache_{counter}_total{{.*}} (\S+)$".encode()
+        pattern = rf"^lmcache_{counter}_total(?:{{.*}})? (\S+)$".encode()
         return sum(map(float, re.findall(pattern, self._get("metrics"), re.MULTILINE)))
 
     def _get(self, path: str) -> bytes:
