@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("groups", nargs="*", choices=[*groups, []], help="default: all")
     parser.add_argument("--model", help="a model for vLLM; default: the demo's")
-    parser.add_argument("--tier", action="append", help="a URL for `tiers`; default: files, vLLM's too")
+    parser.add_argument("--tier", action="append", help="a URL for `tiers`; default: files")
     chosen = parser.parse_args()
     wanted = chosen.groups or groups
 

@@ -35,13 +35,17 @@ class Served(ABC):
 
     engine: Engine
 
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._running = contextlib.ExitStack()
+
     @abstractmethod
     def start(self) -> None:
         """Return when it is ready."""
 
-    @abstractmethod
     def kill(self) -> None:
         """All of it, as a crash would."""
+        self._running.close()
 
     @abstractmethod
     def has_written(self) -> bool:
@@ -57,12 +61,17 @@ class Served(ABC):
             assert time.monotonic() < deadline, f"{condition.__name__} never happened"
             time.sleep(0.05)
 
+    def _start_engine(self, connector: str, keys: dict[str, Any], **others: str) -> None:
+        transfer = {"kv_connector": connector, "kv_role": "kv_both", **others}
+        self.engine = Engine(self._model, {**transfer, "kv_connector_extra_config": keys})
+        self._running.callback(self.engine.kill)
+
 
 class Lmcache(Served):
     """`lmcache server` with one tier and an engine, at the same ports whenever it is started."""
 
     def __init__(self, model: str, tier: str) -> None:
-        self._model = model
+        super().__init__(model)
         self._port, self._http = free_port(), free_port()
         ports = ["--port", str(self._port), "--http-port", str(self._http)]
         self._command = [sys.executable, "-m", "lmcache", "server", *ports]
@@ -70,16 +79,12 @@ class Lmcache(Served):
 
     def start(self) -> None:
         self._server = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
+        self._running.callback(self._server.wait)
+        self._running.callback(self._server.kill)
         self.wait(self._is_ready)
         keys = {"lmcache.mp.port": self._port, "lmcache.mp.heartbeat_interval": 0.2}
-        transfer = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both"}
-        self.engine = Engine(self._model, {**transfer, "kv_connector_extra_config": keys})
+        self._start_engine("LMCacheMPConnector", keys)
         self.wait(self._has_engine)
-
-    def kill(self) -> None:
-        self.engine.kill()
-        self._server.kill()
-        self._server.wait()
 
     def has_written(self) -> bool:
         assert not self._sum("tier_dropped"), "the tier has no room for all of it, or failed"
@@ -107,24 +112,21 @@ class VllmFiles(Served):
     """An engine with vLLM's own offloading to memory and from there to files."""
 
     def __init__(self, model: str, folder: str) -> None:
-        self._model, self._folder = model, Path(folder)
+        super().__init__(model)
+        self._folder = Path(folder)
         self._id = f"lmcache-bench-{os.getpid()}"
 
     def start(self) -> None:
+        # vLLM unlinks it only when it ends in peace
+        memory = Path(f"/dev/shm/vllm_offload_{self._id}.mmap")
+        self._running.callback(memory.unlink, missing_ok=True)
         keys = {
             "spec_name": "CpuTieringSpec",
             "spec_module_path": "vllm_files",
             "cpu_bytes_to_use": MEMORY,
             "secondary_tiers": [{"type": "fs", "root_dir": str(self._folder)}],
         }
-        transfer = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
-        transfer["engine_id"] = self._id
-        self.engine = Engine(self._model, {**transfer, "kv_connector_extra_config": keys})
-
-    def kill(self) -> None:
-        self.engine.kill()
-        # vLLM unlinks it only when it ends in peace
-        Path(f"/dev/shm/vllm_offload_{self._id}.mmap").unlink(missing_ok=True)
+        self._start_engine("OffloadingConnector", keys, engine_id=self._id)
 
     def has_written(self) -> bool:
         pages = (WARM_UP + PROMPTS) * (PROMPT_TOKENS // PAGE_TOKENS)
@@ -149,8 +151,8 @@ def _measure(tiers: dict[str, Served]) -> dict[str, Any]:
     prompts = prompts_of(os.getpid(), WARM_UP + PROMPTS)  # a store may have those of an earlier run
     with contextlib.ExitStack() as killed:
         for tier in tiers.values():
-            tier.start()
             killed.callback(tier.kill)
+            tier.start()
         cold, own = _ask(tiers, prompts), _ask(tiers, prompts)
         for tier in tiers.values():
             tier.wait(tier.has_written)
