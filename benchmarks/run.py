@@ -77,7 +77,7 @@ def main() -> None:
         show("vLLM, a warm request against vLLM's own prefix hit", results["vllm"]["hits"])
     if "tiers" in wanted:
         results["tiers"] = tier_costs.run(model, chosen.tier or [])
-        show("vLLM, time to the first token after a restart of the server", results["tiers"])
+        show("vLLM, time to the first token after all was killed", results["tiers"])
 
     folder = ROOT / "bench-results"
     folder.mkdir(exist_ok=True)

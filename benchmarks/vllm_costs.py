@@ -86,6 +86,11 @@ class Engine:
         self._process.join(30)
         self._process.kill()
 
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self._process.kill()
+        self._process.join()
+
 
 def _time_hooks() -> list[float]:
     """Have every hook of the connector add its seconds to the list's only element."""
