@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 
+IDLE_S = 0.002
+"""An engine that asks all the time keeps the interpreter's lock from the thread that copies."""
+
+
 class Progress:
     """Which steps of one attachment are done: a mover may only answer them in order."""
 
@@ -77,6 +81,7 @@ class OutsideLoads:
         """Whether a request that lacks a page can use none of what was loaded for it."""
         self._queue: SimpleQueue[_Load | None] = SimpleQueue()
         self._lock = threading.Lock()
+        self._heard = threading.Condition(self._lock)
         self._waiting: dict[str, _Waiting] = {}
         self._received: set[str] = set()
         self._failed_pages: set[int] = set()
@@ -126,14 +131,20 @@ class OutsideLoads:
             return
         del self._waiting[request]
         self._received.add(request)
+        self._heard.notify()
         if not self.by_request:
             self._failed_pages.update(waiting.failed)
         elif waiting.failed:
             self._failed_requests.add(request)
 
-    def take_received(self) -> set[str]:
-        """The requests whose loads have ended since the last call, well or not."""
+    def take_received(self, *, is_idle: bool = False) -> set[str]:
+        """The requests whose loads have ended since the last call, well or not.
+
+        Who has nothing else to do waits for a load under way, but not for long.
+        """
         with self._lock:
+            if is_idle and self._waiting and not self._received:
+                self._heard.wait(IDLE_S)
             received, self._received = self._received, set()
             return received
 

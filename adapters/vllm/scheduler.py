@@ -252,6 +252,7 @@ class SchedulerSide:
     def _whole(self, step: Step, scheduled: Any) -> Step:
         """The step with what it says whatever it copies."""
         self._own_up(step, scheduled)
+        step.is_idle = not scheduled.total_num_scheduled_tokens
         if self._fence_page_tokens:
             step.fresh = list(_fresh(scheduled, self._fence_page_tokens))
         return step

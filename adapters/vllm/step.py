@@ -64,6 +64,9 @@ class Step(KVConnectorMetadata):
     """Requests that vLLM keeps waiting for a load outside the batch that will not be made, or
     not to its end."""
 
+    is_idle: bool = False
+    """Whether vLLM computes nothing in it, so that there is time to wait for loads."""
+
     def all_loads(self) -> list[Move]:
         """The moves of all loads."""
         return [move for copy in self.loads for move in copy.moves]

@@ -60,6 +60,7 @@ class WorkerSide:
         self._now: Granted | None = None
         """For the step at hand; None if the slab it was planned for is not mapped."""
         self._step = Step()
+        self._is_idle = False
         self._failed: set[int] = set()
         self._tainted = 0
         """Steps, this one included, that may compute from pages a load left without content."""
@@ -81,6 +82,7 @@ class WorkerSide:
         self.stores.begin(step)
         self.grants.take_back()
         self._step, self._now = step, self.grants.current(step.attachment)
+        self._is_idle = step.is_idle
         if self._now and step.loads and not self._outside:
             self._loads.begin(step, self._now.mover)
         self._begin_answer(step)
@@ -163,7 +165,7 @@ class WorkerSide:
         Of those that did not end well, `take_failed_pages` has the pages from now on, or
         `take_failed_requests` the names where pages are not for themselves.
         """
-        return self._outside.take_received() if self._outside else set()
+        return self._outside.take_received(is_idle=self._is_idle) if self._outside else set()
 
     def take_failed_requests(self) -> set[str]:
         """Requests that did not get what they waited for, where all of it is needed."""

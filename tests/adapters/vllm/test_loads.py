@@ -125,3 +125,38 @@ def test_a_load_outside_the_batch_comes_after_what_was_queued_when_it_was_asked_
     outside.close()
     assert seen == [(None, (threading.current_thread(), 1))]
     assert outside.take_received() == {"r"}
+
+
+def test_an_engine_with_nothing_else_to_do_waits_for_a_load_under_way(mover, monkeypatch):
+    """Else it would keep the interpreter's lock from the thread that makes it."""
+    from lmcache.adapters.vllm import outside as module
+    from lmcache.adapters.vllm.step import Copy, Step
+
+    go = threading.Event()
+    mover.load = lambda moves, region, after: (1, []) if go.wait(5) else (0, [4, 5])
+    outside = module.OutsideLoads()
+    assert outside.take_received(is_idle=True) == set(), "there is nothing to wait for"
+    copy = Copy("r", [Move(0, 1, 2, 0, [4, 5])], 8, 8, 8)
+    progress = module.Progress(lambda number: None)
+    progress.begin(7, 1)
+    outside.submit(Step(number=7, loads=[copy]), mover, progress)
+    assert outside.take_received(is_idle=True) == set(), "it does not wait for long"
+    monkeypatch.setattr(module, "IDLE_S", 30)
+    assert outside.take_received() == set(), "who has something to do does not wait"
+    threading.Timer(0.05, go.set).start()
+    assert outside.take_received(is_idle=True) == {"r"}
+    outside.close()
+
+
+def test_vllm_is_idle_if_it_computes_nothing(make_engine, make_house):
+    engine = make_engine(house=make_house(64 * 8192), pages=100)
+    engine.wait_attached()
+    seen, begin = [], engine.ranks[0].impl._worker.begin
+    engine.ranks[0].impl._worker.begin = lambda step: seen.append(step.is_idle) or begin(step)
+    engine.generate("cold", range(64))
+    assert seen[0] is False
+    seen.clear()
+    engine.generate("warm", range(64))
+    assert seen[0] is True
+    assert False in seen
+    engine.check_text()
