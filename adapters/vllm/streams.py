@@ -52,7 +52,7 @@ class Streams:
         for request_id, tracked in list(self._open.items()):
             request = tracked.request
             asking = Asking(tracked.at, in_windows=True, priority=request.priority)
-            hit = draft.cache.lookup(request_id, tracked.chain, request.num_tokens, asking)
+            hit = draft.cache.lookup(request_id, tracked.chain, tracked.found, asking)
             if hit is None:
                 continue
             if not hit.tokens:

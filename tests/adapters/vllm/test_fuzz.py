@@ -25,6 +25,7 @@ class Traffic:
 
     def __init__(self, engine, seed, *, trouble, often=0.05):
         self.engine = engine
+        self.cache = engine.cache
         self.rng = random.Random(seed)
         self.trouble, self.often = trouble, often
         self.count = 0
@@ -89,6 +90,8 @@ class Traffic:
         while self.engine.scheduler.requests:
             self.step()
         self.engine.drain()
+        assert self.engine.cache is self.cache
+        assert self.cache.is_whole()
 
     def step(self):
         if not self.engine.step().total_num_scheduled_tokens:

@@ -125,6 +125,33 @@ def test_a_tail_is_part_of_it(small, shelf, make_engine, make_house):
     engine.check_idle()
 
 
+def test_no_window_reaches_beyond_what_was_promised(make_engine, make_house, small, shelf):
+    """A tier has a tail behind it, which the first lookup never came to."""
+    house = make_house(64 * SLOT, shelf)
+    engine = make_engine(house=house, pages=100)
+    engine.wait_attached()
+    engine.generate("cold", range(LENGTH + 4))
+    written(house)
+    shelf.read = 0
+    engine = small()
+    assert engine.generate("warm", [*range(LENGTH + 4), *range(8)]) == LENGTH
+    assert shelf.read == CHUNKS
+    engine.check_text()
+    engine.check_idle()
+
+
+def test_windows_end_where_chunks_do(small, shelf):
+    """Though memory has a tail that another prompt left in the place of the next chunk."""
+    engine = small()
+    cache = engine.cache
+    engine.generate("short", range(3 * CHUNK + 8))
+    assert engine.generate("warm", PROMPT) == LENGTH
+    assert engine.cache is cache
+    assert cache.is_whole()
+    engine.check_text()
+    engine.check_idle()
+
+
 def test_several_at_once_share_the_room(small, shelf):
     engine = small(8)
     for name in "abc":
