@@ -45,7 +45,9 @@ def open_tier(url: str, offers: Offers) -> Tier:
     write = WritePolicy.parse(options.get("write", "through"))
     backend = offers.open_backend(location)
     name = url.partition("://")[0]
-    return Tier(name, Packed(backend, codec) if codec else backend, depth, write)
+    if codec is None:
+        return Tier(name, backend, depth, write)
+    return Tier(name, Packed(backend, codec), depth, write, exact=codec.lossless)
 
 
 def assemble(config: Config, offers: Offers) -> tuple[Decider, Tiers]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmcache.core.allocator import Allocator
-from lmcache.core.index import ABSENT, FROM_ENGINE, FROM_TIER, LEAVING, Index, Slot
+from lmcache.core.index import ABSENT, ALL, Index, Slot
 from lmcache.core.leases import Lease, Leases
 from lmcache.core.metrics import Counters
 from lmcache.core.objects import Description, start_header
@@ -74,11 +74,15 @@ class Decider:
         self.counters = counters or Counters()
         self.leases = Leases()
         self.on_commit: Callable[[Slot], None] | None = None
-        """Told of every slot that an engine has filled. This and the others, under the lock."""
+        """Told of every complete slot that a slower tier lacks. This and the others, under the
+        lock."""
         self.on_use: Callable[[Iterator[Slot]], None] | None = None
         """Told of those that were found, or that an engine would have stored again."""
         self.on_pressure: Callable[[Iterator[Slot]], None] | None = None
-        """Told of those of them that are the next to be evicted, each once."""
+        """Told of those of them that are the next to be evicted, and due to be told of, each once.
+        """
+        self.late_from = ALL
+        """How many tiers come before the first that is to hear of them."""
         self._pressed = 0
         """Bytes placed since then."""
         self._policy = policy
@@ -205,12 +209,16 @@ class Decider:
             return Reason.BEING_WRITTEN
         return Reason.EVICTED if key in self._evicted else Reason.NEVER_STORED
 
-    def lease(self, owner: str, entries: list[int]) -> Lease:
-        """Keep complete entries in place. The last ones become the first to be evicted later."""
+    def lease(self, owner: str, entries: list[int], *, is_use: bool = True) -> Lease:
+        """Keep complete entries in place. The last ones become the first to be evicted later.
+
+        It is no use of them if a lookup will lease them again, as that will be one.
+        """
         pins = self._index.pins
         for entry in entries:
             pins[entry] += 1
-        self._used.extend(reversed(entries))
+        if is_use:
+            self._used.extend(reversed(entries))
         lease = Lease(owner, list(entries), self._clock() + self._lease_s)
         self.leases.add(lease)
         return lease
@@ -280,25 +288,31 @@ class Decider:
         start_header(self.slab.view[offset:], Description.of(slot, geometry, root))
         return slot
 
-    def commit(self, slot: Slot, geometry: Geometry, *, fresh: bool = True) -> int:
+    def commit(self, slot: Slot, geometry: Geometry, *, lacking: int = ALL) -> int:
         """A reserved slot is complete: everybody may see it. Returns its entry.
 
-        `fresh` says that its bytes come from an engine, so that slower tiers lack them. If nobody
-        wants such a slot and it is not to be kept, it is gone on return.
+        Of the slower tiers the first `lacking` may be given it: all of them, if it is an engine's.
+        If nobody wants such a slot and it is not to be kept, it is gone on return.
         """
         with self.lock:
             del self._reserved[slot.key]
             self._evicted.pop(slot.key, None)
-            entry = self._index.add(slot, fresh=fresh)
+            entry = self._index.add(slot, lacking=lacking)
             self._informed().add(entry, slot.key)
-            if fresh:
-                self._index.pins[entry] += 1
-                try:
-                    if self.on_commit:
-                        self.on_commit(slot)
-                finally:
+            self._index.pins[entry] += 1
+            try:
+                if lacking and self.on_commit:
+                    self.on_commit(slot)
+            finally:
+                if lacking == ALL:
                     self._unpin(entry)
+                else:  # who has read it is about to lease it
+                    self._index.pins[entry] -= 1
             return entry
+
+    def lacking(self, key: ChunkKey) -> int:
+        """How many slower tiers, from the first on, may be given a complete chunk."""
+        return self._index.lacking[self._index.find(key)]
 
     def abandon(self, slot: Slot) -> None:
         """A reserved slot will never be complete, and nobody writes to it any more."""
@@ -337,6 +351,8 @@ class Decider:
             self._unpin(entry)
 
     def _unpin(self, entry: int) -> None:
+        if not self.keep:
+            self._informed()  # whoever is told of its last use may pin it
         self._index.pins[entry] -= 1
         if not self.keep and self._index.pins[entry] == 0:
             self._drop(entry, evicted=False)
@@ -348,8 +364,8 @@ class Decider:
             for entry in used:
                 self._policy.touch(entry)
             if self.on_use:
-                origin = self._index.origin
-                self.on_use(self._index.slot(e, 0) for e in used if origin[e] != FROM_TIER)
+                lacking = self._index.lacking
+                self.on_use(self._index.slot(e, 0) for e in used if lacking[e])
         return self._policy
 
     def _press(self, size: int) -> None:
@@ -359,11 +375,15 @@ class Decider:
             return
         self._pressed = 0
         leaving = list(self._victims(self.capacity_bytes // 8))
-        fresh = [entry for entry in leaving if self._index.origin[entry] == FROM_ENGINE]
+        due = [entry for entry in leaving if self._is_due(entry)]
         assert self.on_pressure
-        self.on_pressure(self._index.slot(entry, 0) for entry in fresh)
-        for entry in fresh:
-            self._index.origin[entry] = LEAVING
+        self.on_pressure(self._index.slot(entry, 0) for entry in due)
+        for entry in due:
+            self._index.told[entry] = True
+
+    def _is_due(self, entry: int) -> bool:
+        """Whether a tier is to be given it before it leaves, and has not been told."""
+        return self._index.lacking[entry] > self.late_from and not self._index.told[entry]
 
     def hear_no_more(self) -> None:
         """Tell nobody of anything any more."""
@@ -393,7 +413,7 @@ class Decider:
 
     def _drop(self, entry: int, *, evicted: bool) -> None:
         offset, size = self._index.offset[entry], self._index.size[entry]
-        if evicted and self.on_pressure and self._index.origin[entry] == FROM_ENGINE:
+        if evicted and self.on_pressure and self._is_due(entry):
             self.counters.add("tier_dropped")
         self._informed().remove(entry, evicted=evicted)
         key = self._index.remove(entry)

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 ABSENT = -1
 
-FROM_TIER, FROM_ENGINE, LEAVING = range(3)
-"""What was read from a slower tier; what an engine stored; and of the latter, what those who write
-late have been told of."""
+ALL = 255
+"""As many slower tiers as there may be."""
 
 
 class Slot(NamedTuple):
@@ -53,8 +52,10 @@ class Index:
         self.generation = array("q")
         self.pages = array("I")
         self.pins = array("I")
-        self.origin = array("B")
-        """Where its bytes come from: one of the three below."""
+        self.lacking = array("B")
+        """How many slower tiers, from the first on, are to have it and did not when it came."""
+        self.told = array("B")
+        """Whether those who write late have been told of it."""
 
     def __len__(self) -> int:
         return len(self._entry_of)
@@ -77,7 +78,7 @@ class Index:
             entries.append(entry)
         return entries
 
-    def add(self, slot: Slot, *, fresh: bool = False) -> int:
+    def add(self, slot: Slot, *, lacking: int = ALL) -> int:
         """Record a complete slot and return its entry."""
         if self._free:
             entry = self._free.pop()
@@ -92,8 +93,9 @@ class Index:
             self.generation.append(slot.generation)
             self.pages.append(slot.pages)
             self.pins.append(0)
-            self.origin.append(0)
-        self.origin[entry] = FROM_ENGINE if fresh else FROM_TIER
+            self.lacking.append(0)
+            self.told.append(0)
+        self.lacking[entry], self.told[entry] = lacking, False
         self._entry_of[slot.key] = entry
         return entry
 

@@ -38,6 +38,8 @@ class Tier:
     depth: int = DEPTH
     """Objects that are read at a time, and as many that are written."""
     write: WritePolicy = THROUGH
+    exact: bool = True
+    """Whether what is read is, to the last bit, what was written."""
     failures: int = 0
     """In a row."""
     asleep_until: float = 0.0

@@ -147,7 +147,8 @@ class TierReads:
             if fetch.abandoned:
                 return Reason.TIMED_OUT, None
             if key in decider:
-                fetch.keep(decider.lease(fetch.owner, [decider.find(key)]), decider)
+                lease = decider.lease(fetch.owner, [decider.find(key)], is_use=False)
+                fetch.keep(lease, decider)
                 fetch.held += size
                 return Reason.NONE, None
             if decider.why_absent(key) is Reason.BEING_WRITTEN:
@@ -195,12 +196,16 @@ class TierReads:
         with decider.lock:
             self._coming.discard(slot.key)
             if reason is Reason.NONE:
-                entry = decider.commit(slot, geometry, fresh=False)
-                fetch.keep(decider.lease(fetch.owner, [entry]), decider)
+                entry = decider.commit(slot, geometry, lacking=self._before(tier))
+                fetch.keep(decider.lease(fetch.owner, [entry], is_use=False), decider)
                 fetch.brought[slot.chunk] = tier.name, slot.pages * geometry.page_tokens
             else:
                 decider.abandon(slot)
         read.set_result(reason)
+
+    def _before(self, tier: Tier) -> int:
+        """How many tiers may get what was read from `tier`: those before it, if it is exact."""
+        return next(n for n, other in enumerate(self._tiers) if other is tier) * tier.exact
 
     def _ask(self, tier: Tier, call: Callable[[StorageBackend], Answer]) -> Answer | None:
         return tier.ask(call, self._decider.counters)

@@ -6,16 +6,19 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
+from lmcache.core.index import ALL
 from lmcache.core.objects import seal
 from lmcache.core.write_policy import Sightings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from concurrent.futures import Future
 
+    from lmcache.core.backend import StorageBackend
     from lmcache.core.decider import Decider
     from lmcache.core.index import Slot
     from lmcache.core.tier import Tier
+    from lmcache.core.write_policy import WritePolicy
 
 
 class TierWrites:
@@ -32,20 +35,25 @@ class TierWrites:
         self._bytes = 0
         """Of the chunks that wait."""
         self._sightings = Sightings()
-        self._early = [t for t in tiers if t.write.sightings == 1 and not t.write.at_eviction]
-        self._frequent = [t for t in tiers if t.write.sightings > 1]
-        self._late = [t for t in tiers if t.write.at_eviction]
+        self._tiers = list(tiers)
         if tiers:
             decider.on_commit = self._committed
-        if self._frequent:
+        self._counts = any(tier.write.sightings > 1 for tier in tiers)
+        if self._counts:
             decider.on_use = self._used
-        if self._late:
-            decider.on_pressure = self._leaving
+        late = [number for number, tier in enumerate(tiers) if tier.write.at_eviction]
+        if late:
+            decider.on_pressure, decider.late_from = self._leaving, late[0]
 
     def _committed(self, slot: Slot) -> None:
-        """A chunk has become complete with bytes of an engine."""
-        self._offer(slot, self._early)
-        if self._frequent:
+        """A chunk has become complete: an engine has stored it, or it was read from a tier.
+
+        The latter is seen when whoever wanted it has found it.
+        """
+        is_new = self._decider.lacking(slot.key) == ALL
+        seen = 1 if is_new else max(1, self._sightings.count(slot.key))
+        self._offer(slot, lambda write: write.is_due(seen))
+        if is_new and self._counts:
             self._see(slot)
 
     def _used(self, slots: Iterable[Slot]) -> None:
@@ -56,16 +64,19 @@ class TierWrites:
     def _leaving(self, slots: Iterable[Slot]) -> None:
         """Chunks are the next to leave memory and have not been written where that is due now."""
         for slot in slots:
-            self._offer(slot, self._late)
+            self._offer(slot, lambda write: write.at_eviction)
 
     def _see(self, slot: Slot) -> None:
         seen = self._sightings.add(slot.key)
-        self._offer(slot, [tier for tier in self._frequent if tier.write.sightings == seen])
+        self._offer(slot, lambda write: write.sightings == seen > 1)
 
-    def _offer(self, slot: Slot, tiers: Sequence[Tier]) -> None:
-        chunk = _Chunk(self._decider, slot)
-        for tier in tiers:
-            self._enqueue(tier, chunk)
+    def _offer(self, slot: Slot, is_due: Callable[[WritePolicy], bool]) -> None:
+        """To those of the tiers that may be given it for which it is due."""
+        lacking = self._decider.lacking(slot.key)
+        chunk = _Chunk(self._decider, slot, is_copy=lacking < ALL)
+        for tier in self._tiers[:lacking]:
+            if is_due(tier.write):
+                self._enqueue(tier, chunk)
 
     def _enqueue(self, tier: Tier, chunk: _Chunk) -> None:
         size = chunk.slot.size
@@ -86,9 +97,10 @@ class TierWrites:
     def _write(self, entry: int, tier: Tier, chunk: _Chunk) -> None:
         counters = self._decider.counters
         try:
-            view = chunk.sealed()
-            kept = tier.ask(lambda backend: backend.put(chunk.slot.key, view), counters)
-            counters.add("tier_written" if kept else "tier_dropped", 1, tier.name)
+            has = chunk.is_copy and tier.ask(chunk.is_in, counters)
+            kept = has is False and tier.ask(chunk.put_into, counters)
+            if not has:
+                counters.add("tier_written" if kept else "tier_dropped", 1, tier.name)
         finally:
             self._let_go(entry, chunk.slot.size)
 
@@ -105,16 +117,22 @@ class TierWrites:
 class _Chunk:
     """A chunk that several tiers are to have, sealed by the first that comes to it."""
 
-    def __init__(self, decider: Decider, slot: Slot) -> None:
+    def __init__(self, decider: Decider, slot: Slot, *, is_copy: bool) -> None:
         self.slot = slot
+        self.is_copy = is_copy
+        """Whether it was read from a tier, so that others may have it as well."""
         self._view = decider.slab.view[slot.offset : slot.offset + slot.size]
         self._lock = threading.Lock()
         self._is_sealed = False
 
-    def sealed(self) -> memoryview:
-        """Its object, with the checksum in its header."""
+    def is_in(self, backend: StorageBackend) -> bool:
+        """Whether a backend has it."""
+        return backend.contains(self.slot.key)
+
+    def put_into(self, backend: StorageBackend) -> bool:
+        """Write its object, with the checksum in its header; whether there was room for it."""
         with self._lock:
             if not self._is_sealed:
                 seal(self._view)
                 self._is_sealed = True
-        return self._view
+        return backend.put(self.slot.key, self._view)

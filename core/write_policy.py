@@ -26,6 +26,10 @@ class WritePolicy:
     at_eviction: bool = False
     """Not before it is among the next to leave memory."""
 
+    def is_due(self, seen: int) -> bool:
+        """Whether a chunk that has just come and was seen so often is written now."""
+        return not self.at_eviction and 1 <= self.sightings <= seen
+
     @classmethod
     def parse(cls, text: str) -> WritePolicy:
         """Of `through`, `after-N`, `evict` or `never`. Raises `ConfigError` for all else."""
@@ -45,6 +49,10 @@ class Sightings:
 
     def __init__(self) -> None:
         self._counts: OrderedDict[ChunkKey, int] = OrderedDict()
+
+    def count(self, key: ChunkKey) -> int:
+        """How many there were."""
+        return self._counts.get(key, 0)
 
     def add(self, key: ChunkKey) -> int:
         """One more; how many that makes."""

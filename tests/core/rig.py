@@ -306,7 +306,9 @@ class Workshop:
 
     def tiers(self, made_decider, *backends, depth=4, write="through", **options):
         named = [
-            Tier(f"t{index}", backend, depth, WritePolicy.parse(write))
+            backend
+            if isinstance(backend, Tier)
+            else Tier(f"t{index}", backend, depth, WritePolicy.parse(write))
             for index, backend in enumerate(backends)
         ]
         made = Tiers(made_decider, named, **options)

@@ -624,13 +624,27 @@ class TestNotKeeping:
         made.release(hit.lease)
         assert (len(made), made.free_bytes) == (0, made.capacity_bytes)
 
-    def test_a_chunk_from_a_slower_tier_stays_for_who_fetched_it(self, made):
+    @pytest.mark.parametrize("lacking", [0, 1])
+    def test_a_chunk_from_a_slower_tier_stays_for_who_fetched_it(self, made, lacking):
         [slot], _ = reserve(made, rig.tokens(CHUNK))
         with made.lock:
-            lease = made.lease("r", [made.commit(slot, GEOMETRY, fresh=False)])
+            lease = made.lease("r", [made.commit(slot, GEOMETRY, lacking=lacking)], is_use=False)
         assert slot.key in made
         made.release(lease)
         assert slot.key not in made
+
+
+def test_whoever_hears_of_the_last_use_may_keep_a_chunk_that_was_to_go(workshop):
+    made = workshop.decider(4, keep=False)
+    kept = []
+    made.on_use = lambda slots: kept.extend(made.pin(slot.key) for slot in slots)
+    [slot], _ = reserve(made, rig.tokens(CHUNK))
+    with made.lock:
+        lease = made.lease("r", [made.commit(slot, GEOMETRY, lacking=1)])
+    made.release(lease)
+    assert (len(kept), len(made)) == (1, 1)
+    made.unpin(kept.pop())
+    rig.assert_idle(made)
 
 
 def test_an_error_of_the_listener_leaves_the_chunk_in_order(made):
@@ -645,13 +659,14 @@ def test_an_error_of_the_listener_leaves_the_chunk_in_order(made):
     rig.assert_idle(made)
 
 
-def test_only_fresh_chunks_are_announced(made):
+def test_what_no_tier_lacks_is_not_announced(made):
     seen = []
     made.on_commit = lambda slot: seen.append(slot.chunk)
-    first, second = reserve(made, rig.tokens(2 * CHUNK))[0]
-    made.commit(second, GEOMETRY, fresh=False)
+    first, second, third = reserve(made, rig.tokens(3 * CHUNK))[0]
+    made.commit(second, GEOMETRY, lacking=0)
     made.commit(first, GEOMETRY)
-    assert seen == [0]
+    made.commit(third, GEOMETRY, lacking=1)
+    assert seen == [0, 2]
 
 
 def test_generations_differ_between_processes(workshop):

@@ -72,6 +72,7 @@ def test_a_url_names_the_codec_of_its_tier(name):
     decider, tiers = open_tiers(f"memory://?codec={name}")
     assert isinstance(tiers._tiers[0].backend, Packed)
     assert tiers._tiers[0].backend._codec.name == name
+    assert tiers._tiers[0].exact is (name != "fp8")
     tiers.close()
     decider.slab.close()
 

@@ -19,6 +19,7 @@ from lmcache.core.errors import BackendError, ConfigError
 from lmcache.core.fetch import Asking
 from lmcache.core.objects import HEADER_BYTES, Description, is_intact
 from lmcache.core.receipts import Reason
+from lmcache.core.tier import Tier
 from lmcache.core.write_policy import WritePolicy
 from lmcache.plugins.manager import PluginManager
 from lmcache.testing.faults import Corrupting, Flaky, Slow, Wrapper
@@ -211,7 +212,7 @@ class TestWriting:
         backend.gate.set()
         cache.tiers.flush()
         assert len(backend.held()) == 3
-        rig.wait_until(lambda: not cache.tiers._writes._early[0].writes)
+        rig.wait_until(lambda: not cache.tiers._writes._tiers[0].writes)
         cache.store(rig.tokens(3 * CHUNK, 1))
         assert len(backend.held()) == 6, "and then there is room in it again"
         cache.assert_idle()
@@ -313,8 +314,9 @@ class TestWhenItIsWritten:
         assert backend.calls.count("put") <= 2, "at most what an engine has stored since"
         cache.assert_idle()
 
-    def test_what_was_read_is_not_written_however_often_it_is_found(self, new_cache, stored):
-        """It may come from a tier that keeps less of it than an engine gave."""
+    def test_what_was_read_is_not_written_to_later_tiers_however_often_it_is_found(
+        self, new_cache, stored
+    ):
         cache = new_cache(stored(rig.tokens(CHUNK)), other := Backend(), write="after-2")
         for _ in range(4):
             assert cache.lookup(rig.tokens(CHUNK)).tokens == CHUNK
@@ -325,6 +327,134 @@ class TestWhenItIsWritten:
     def test_what_is_no_policy(self, text):
         with pytest.raises(ConfigError, match="is none of through, evict, never and after-N"):
             WritePolicy.parse(text)
+
+
+class TestPromotion:
+    """What is read from a tier is written to the faster ones before it."""
+
+    @pytest.fixture
+    def far(self, stored):
+        return stored(rig.tokens(2 * CHUNK + PAGE))
+
+    def test_the_tiers_before_it_get_what_a_tier_gave(self, new_cache, far):
+        one, other, last = Backend(), Backend(), Backend()
+        cache = new_cache(one, other, far, last)
+        assert cache.lookup(rig.tokens(2 * CHUNK + PAGE)).receipt.by_tier["t2"] == 2 * CHUNK + PAGE
+        cache.tiers.flush()
+        assert one.held() == other.held()
+        assert one.held().keys() == far.held().keys()
+        assert (last.held(), far.calls.count("put")) == ({}, 0)
+        assert cache.counters.copy().get(("tier_written", "t0")) == 3
+        assert cache.counters["tier_dropped"] == 0
+        cache.assert_idle()
+
+    def test_the_next_read_is_of_the_faster_tier(self, new_cache, far):
+        near = Backend()
+        cache = new_cache(near, far)
+        cache.lookup(rig.tokens(2 * CHUNK))
+        cache.tiers.flush()
+        cache.decider.clear()
+        assert cache.lookup(rig.tokens(2 * CHUNK)).receipt.by_tier == {"l1": 0, "t0": 2 * CHUNK}
+        cache.assert_idle()
+
+    def test_what_a_faster_tier_has_already_is_not_written_to_it(self, new_cache, stored, far):
+        near = stored(rig.tokens(2 * CHUNK), into=Backend())
+        near.remove(rig.chain(rig.tokens(CHUNK)).key(0))
+        cache = new_cache(near, far)
+        assert cache.lookup(rig.tokens(2 * CHUNK)).receipt.by_tier == {"l1": 0, "t1": 2 * CHUNK}
+        cache.tiers.flush()
+        assert (len(near.held()), near.calls.count("put")) == (2, 1)
+        assert cache.counters.copy()["tier_written", "t0"] == 1
+        cache.assert_idle()
+
+    def test_a_tier_that_is_never_written_is_not(self, new_cache, far):
+        cache = new_cache(near := Backend(), far, write="never")
+        assert cache.lookup(rig.tokens(2 * CHUNK)).tokens == 2 * CHUNK
+        cache.tiers.flush()
+        assert not near.held()
+        cache.assert_idle()
+
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_after_it_was_found_often_enough(self, new_cache, far, keep):
+        cache = new_cache(near := Backend(), far, write="after-3", keep=keep)
+        for held in (0, 0, 2, 2):
+            assert cache.lookup(rig.tokens(2 * CHUNK)).tokens == 2 * CHUNK
+            cache.tiers.flush()
+            assert len(near.held()) == held
+        assert near.calls.count("put") == 2
+        cache.assert_idle()
+
+    def test_what_was_found_often_enough_long_ago(self, new_cache, far):
+        cache = new_cache(near := Backend(), far, write="after-2")
+        for _ in range(3):
+            cache.lookup(rig.tokens(CHUNK))
+        cache.tiers.flush()
+        near.remove(rig.chain(rig.tokens(CHUNK)).key(0))
+        cache.decider.clear()
+        cache.lookup(rig.tokens(CHUNK))
+        cache.tiers.flush()
+        assert len(near.held()) == 1
+        cache.assert_idle()
+
+    def test_before_it_leaves_memory(self, new_cache, far):
+        cache = new_cache(near := Backend(), far, slots=16, write="evict")
+        cache.lookup(rig.tokens(2 * CHUNK))
+        cache.tiers.flush()
+        assert not near.held()
+        for seed in range(1, 40):
+            cache.store(rig.tokens(CHUNK, seed))
+        assert {rig.chain(rig.tokens(2 * CHUNK)).key(n) for n in range(2)} <= set(near.held())
+        assert cache.counters["tier_dropped"] == 0
+        cache.assert_idle()
+
+    def test_what_no_late_tier_lacks_is_not_counted_when_it_leaves(self, new_cache, far):
+        never, evict = WritePolicy.parse("never"), WritePolicy.parse("evict")
+        near = Tier("t0", Backend(), write=never)
+        cache = new_cache(near, Tier("t1", far, write=evict), slots=4)
+        cache.lookup(rig.tokens(2 * CHUNK))
+        far.gate.clear()
+        cache.store(rig.tokens(4 * CHUNK, 1), flush=False)
+        assert cache.counters["evictions"] == 2
+        assert cache.counters["tier_dropped"] == 0
+        far.gate.set()
+        cache.assert_idle()
+
+    def test_the_queue_is_bounded(self, new_cache, far):
+        near = Backend()
+        near.gate.clear()
+        near.only = ("put",)
+        cache = new_cache(near, far, queue=1, depth=1)
+        assert cache.lookup(rig.tokens(2 * CHUNK + PAGE)).tokens == 2 * CHUNK + PAGE
+        assert cache.counters.copy()["tier_dropped", "t0"] == 2
+        near.gate.set()
+        cache.tiers.flush()
+        assert len(near.held()) == 1
+        cache.assert_idle()
+
+    @pytest.mark.parametrize("queue", [0, 8])
+    def test_without_memory_to_keep_it_in(self, new_cache, far, queue):
+        cache = new_cache(near := Backend(), far, keep=False, queue=queue)
+        assert cache.lookup(rig.tokens(2 * CHUNK)).tokens == 2 * CHUNK
+        cache.tiers.flush()
+        assert (len(near.held()), len(cache.decider)) == (2 if queue else 0, 0)
+
+    @pytest.mark.parametrize("call", ["contains", "put"])
+    def test_a_faster_tier_that_fails_is_in_nobodys_way(self, new_cache, far, call):
+        near = Backend()
+        near.error, near.only = on_purpose, (call,)
+        cache = new_cache(near, far)
+        assert cache.lookup(rig.tokens(CHUNK)).tokens == CHUNK
+        cache.tiers.flush()
+        counts = cache.counters.copy()
+        assert (counts["tier_errors", "t0"], counts["tier_dropped", "t0"]) == (1, 1)
+        cache.assert_idle()
+
+    def test_what_a_lossy_tier_gave_goes_nowhere(self, new_cache, far):
+        cache = new_cache(near := Backend(), Tier("t1", far, exact=False))
+        assert cache.lookup(rig.tokens(2 * CHUNK)).tokens == 2 * CHUNK
+        cache.tiers.flush()
+        assert "put" not in near.calls
+        cache.assert_idle()
 
 
 class TestNotKeeping:
@@ -711,7 +841,7 @@ class TestOrder:
 
     def test_a_failing_tier_is_passed_over(self, new_cache, stored):
         one, other = Backend(), Backend()
-        one.error = on_purpose
+        one.error, one.only = on_purpose, ("count_leading",)
         stored(rig.tokens(CHUNK), into=other)
         cache = new_cache(one, other)
         assert cache.lookup(rig.tokens(CHUNK)).receipt.by_tier == {"l1": 0, "t1": CHUNK}
@@ -1042,7 +1172,7 @@ class TestClosing:
         assert time.monotonic() - began < 3
         assert backend.closed == 1
         backend.gate.set()
-        rig.wait_until(lambda: not cache.tiers._writes._early[0].writes)
+        rig.wait_until(lambda: not cache.tiers._writes._tiers[0].writes)
         cache.assert_idle()
 
     def test_the_end_of_the_process_finishes_the_writes(self, tmp_path):
