@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache.backends.ledger import Ledger
-from lmcache.backends.survey import Survey
-from lmcache.backends.tree import allocate, charge_of, claim, leaf_of, path_of
+from lmcache.backends.survey import Candidate, Survey
+from lmcache.backends.tree import DAMAGED, KEPT, allocate, charge_of, claim, leaf_of, path_of
 from lmcache.core.errors import BackendError
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _DROPS = 256
 """Objects removed at a time where many must go, so that others get the ledger in between."""
+ASIDE = 16
+"""Damaged objects that stay for people to look at."""
 
 
 class Reservation(NamedTuple):
@@ -54,6 +56,8 @@ class Budget:
         self.ledger_path = f"{directory}/usage"
         self._ledger = Ledger(self.ledger_path)
         self._survey = Survey(directory, self._ledger)
+        self._aside: dict[str, None] = {}
+        """Which objects were set aside, in that order."""
         try:
             with self._ledger:
                 is_counted = self._ledger.is_counted
@@ -127,9 +131,32 @@ class Budget:
             self._ledger.charge(leaf_of(reservation.name), -reservation.charge)
 
     def remove(self, name: str) -> bool:
-        """Remove the object called `name`; return whether it was there."""
+        """Remove the object called `name`, and what was set aside; return whether it was there."""
         with self._ledger:
+            self._drop(name, DAMAGED)
             return self._drop(name) is not None
+
+    def set_aside(self, name: str) -> bool:
+        """Keep the object called `name` for people to look at; return whether it was there.
+
+        Of those that this process has set aside the last `ASIDE` stay, until room is needed: they
+        are the first to go.
+        """
+        path, aside = (path_of(self._directory, name, kind) for kind in (KEPT, DAMAGED))
+        with self._ledger:
+            if not os.path.exists(path):
+                return False
+            self._drop(name, DAMAGED)
+            os.utime(path, ns=(0, 0))
+            os.replace(path, aside)
+            self._ledger.charge(leaf_of(name), 0)
+            self._survey.candidates.appendleft(Candidate(0, name, DAMAGED))
+            self._aside[name] = self._aside.pop(name, None)
+            if len(self._aside) > ASIDE:
+                oldest = next(iter(self._aside))
+                del self._aside[oldest]
+                self._drop(oldest, DAMAGED)
+            return True
 
     def close(self) -> None:
         """Let go of the directory; closing twice is a no-op."""
@@ -174,13 +201,13 @@ class Budget:
     def _evict(self, short: int, most: int = sys.maxsize) -> int:
         """Remove `short` bytes of objects; return how many are missing when `most` are gone."""
         while short > 0 and most and (candidate := self._survey.next()):
-            short -= self._drop(candidate.name, candidate.used_ns) or 0
+            short -= self._drop(candidate.name, candidate.kind, candidate.used_ns) or 0
             most -= 1
         return short
 
-    def _drop(self, name: str, used_ns: int | None = None) -> int | None:
+    def _drop(self, name: str, kind: str = KEPT, used_ns: int | None = None) -> int | None:
         """Remove an object, unless it was used after `used_ns`; return the bytes freed."""
-        path = path_of(self._directory, name)
+        path = path_of(self._directory, name, kind)
         try:
             found = os.stat(path)
             if used_ns not in (None, found.st_mtime_ns):

@@ -42,7 +42,8 @@ class DiskBackend(StorageBackend):
     An object appears by a rename, so it is whole or absent whenever a process is killed. Nothing is
     flushed to the device: after a power failure an object may hold other bytes, which its checksum
     tells the tier. A file that is found shorter than it said is a miss and is removed; only then
-    may a miss have changed the buffer. Files are for their owner alone. Not for use across a fork.
+    may a miss have changed the buffer. What is discarded as damaged is set aside: see `Budget`.
+    Files are for their owner alone. Not for use across a fork.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(persistent=True, shared=True)
@@ -142,6 +143,10 @@ class DiskBackend(StorageBackend):
     def remove(self, key: ChunkKey) -> bool:
         with self._failures():
             return self._budget.remove(key.hex())
+
+    def discard_damaged(self, key: ChunkKey) -> bool:
+        with self._failures():
+            return self._budget.set_aside(key.hex())
 
     def close(self) -> None:
         self._budget.close()

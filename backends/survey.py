@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from lmcache.backends.tree import charge_of, files, leaves
+from lmcache.backends.tree import DAMAGED, KEPT, charge_of, files, leaves
 from lmcache.core.errors import BackendClosed
 from lmcache.core.pool import DaemonPool
 
@@ -33,6 +33,7 @@ class Candidate(NamedTuple):
 
     used_ns: int
     name: str
+    kind: str = KEPT
 
 
 class Survey:
@@ -121,9 +122,9 @@ class Survey:
                 before = self._ledger.leaf(leaf)
             counted, found = 0, []
             for entry, status in files(self._directory, leaf):
-                name, kind = os.path.splitext(entry.name)
-                if kind == ".kv":
-                    found.append(Candidate(status.st_mtime_ns, name))
+                name, _, kind = entry.name.partition(".")
+                if kind in (KEPT, DAMAGED):
+                    found.append(Candidate(status.st_mtime_ns, name, kind))
                 elif self._clear(leaf, entry.path):
                     continue
                 counted += charge_of(status.st_size)

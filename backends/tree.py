@@ -1,6 +1,7 @@
 """Where the files of objects lie in a directory, and what they weigh.
 
 <dir>/ab/c/abc...64 hex digits.kv    an object: nothing but its bytes
+<dir>/ab/c/abc...digits.damaged  one that was damaged, for people to look at
 <dir>/ab/c/abc...digits.*.tmp        one being written; its writer holds an flock on it
 <dir>/usage                          what all processes have charged; see `ledger`
 
@@ -20,12 +21,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+KEPT, DAMAGED = "kv", "damaged"
 _BLOCK = 4096
 _NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP)
 _TOUCH_NS = 5 * 10**9
 _DIGITS = 64
 _FIRST, _SECOND = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]")
-_FILE = re.compile(r"[0-9a-f]{64}\.(kv|[0-9a-f]{16}\.tmp)")
+_FILE = re.compile(r"[0-9a-f]{64}\.(kv|damaged|[0-9a-f]{16}\.tmp)")
 
 
 def leaf_of(name: str) -> int:
@@ -34,10 +36,10 @@ def leaf_of(name: str) -> int:
     return int(name[:3], 16)
 
 
-def path_of(directory: str, name: str) -> str:
+def path_of(directory: str, name: str, kind: str = KEPT) -> str:
     """Where the object called `name` is or would be."""
     assert len(name) == _DIGITS
-    return f"{directory}/{name[:2]}/{name[2]}/{name}.kv"
+    return f"{directory}/{name[:2]}/{name[2]}/{name}.{kind}"
 
 
 def charge_of(size: int) -> int:

@@ -66,6 +66,13 @@ class StorageBackend(ABC):
         """Drop the object; return whether it was there."""
         raise Unsupported(f"{type(self).__name__} does not remove objects")
 
+    def discard_damaged(self, key: ChunkKey) -> bool:
+        """Drop the object, which is not what was put; return whether it was there.
+
+        Override to keep it where people can look at it and no other method finds it.
+        """
+        return self.remove(key)
+
     def count_leading(self, keys: Sequence[ChunkKey]) -> int:
         """How many of `keys`, from the front, are present. Override to answer in one round trip."""
         for i, key in enumerate(keys):

@@ -59,6 +59,9 @@ class Packed(StorageBackend):
     def remove(self, key: ChunkKey) -> bool:
         return self._inner.remove(key)
 
+    def discard_damaged(self, key: ChunkKey) -> bool:
+        return self._inner.discard_damaged(key)
+
     def count_leading(self, keys: Sequence[ChunkKey]) -> int:
         return self._inner.count_leading(keys)
 

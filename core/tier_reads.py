@@ -8,6 +8,7 @@ from concurrent.futures import Future, wait
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from lmcache.core.log import init_logger
 from lmcache.core.objects import Description, is_intact
 from lmcache.core.pool import DaemonPool
 from lmcache.core.receipts import Reason
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from lmcache.core.index import Slot
     from lmcache.core.keys import ChunkKey
     from lmcache.core.tier import Tier
+
+logger = init_logger(__name__)
 
 Answer = TypeVar("Answer")
 _Read = Future[Reason]
@@ -183,8 +186,9 @@ class TierReads:
             return Reason.TIER_FAILED if tier.failures else Reason.NEVER_STORED
         if size != slot.size or not is_intact(view, about):
             self._decider.counters.add("damaged", label=tier.name)
+            logger.warning("tier %s held a damaged object: %s", tier.name, slot.key.hex())
             if tier.backend.capabilities.removal:
-                self._ask(tier, lambda backend: backend.remove(slot.key))
+                self._ask(tier, lambda backend: backend.discard_damaged(slot.key))
             return Reason.DAMAGED
         for index in range(len(geometry.slices)):
             self._decider.slab.write_word(slot.offset + geometry.tag_offset(index), slot.generation)

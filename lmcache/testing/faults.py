@@ -45,6 +45,10 @@ class Wrapper(StorageBackend):
         self.before()
         return self.backend.remove(key)
 
+    def discard_damaged(self, key: ChunkKey) -> bool:
+        self.before()
+        return self.backend.discard_damaged(key)
+
     def count_leading(self, keys: Sequence[ChunkKey]) -> int:
         self.before()
         return self.backend.count_leading(keys)

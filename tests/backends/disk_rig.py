@@ -59,7 +59,7 @@ def size_of(path: Path) -> int:
 
 def charged(root: Path) -> int:
     """What our files in `root` weigh, in blocks."""
-    ours = files(root, ".kv") + files(root, ".tmp")
+    ours = [path for suffix in (".kv", ".damaged", ".tmp") for path in files(root, suffix)]
     return sum(-(-size_of(path) // 4096) * 4096 for path in ours)
 
 

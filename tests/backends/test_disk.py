@@ -30,6 +30,7 @@ from disk_rig import (
     used_bytes,
 )
 
+from lmcache.backends.budget import ASIDE
 from lmcache.backends.disk import DiskBackend, lmcache_backends
 from lmcache.core.errors import BackendClosed, BackendError, ConfigError
 from lmcache.testing import BackendSuite
@@ -271,6 +272,67 @@ with DiskBackend(root, max_size=cap, min_free=0) as backend:
             with DiskBackend.from_url(f"file://{root}") as backend:
                 assert all(put(backend, n, 300_000) for n in range(100))
                 assert 0 <= free_bytes(root) - (1 << 20) < 400_000
+
+
+class TestDamaged:
+    def test_it_stays_beside_where_it_was(self, tmp_path):
+        with DiskBackend(tmp_path) as backend:
+            put(backend, 1, 1000)
+            assert backend.discard_damaged(key(1)) is True
+            assert (backend.contains(key(1)), got(backend, 1)) == (False, None)
+            assert backend.discard_damaged(key(1)) is False
+            [aside] = files(tmp_path, ".damaged")
+            assert aside.name == f"{key(1).hex()}.damaged"
+            assert aside.read_bytes() == pattern(1, 1000)
+            put(backend, 1, 1000)
+            assert got(backend, 1) == pattern(1, 1000)
+            assert ledger_and_truth(tmp_path) == (8192, 8192)
+
+    def test_the_last_of_a_name_stays(self, tmp_path):
+        with DiskBackend(tmp_path) as backend:
+            for size in (10_000, 100):
+                put(backend, 1, size)
+                assert backend.discard_damaged(key(1))
+            [aside] = files(tmp_path, ".damaged")
+            assert aside.read_bytes() == pattern(1, 100)
+            assert ledger_and_truth(tmp_path) == (4096, 4096)
+
+    def test_what_is_removed_is_gone_with_it(self, tmp_path):
+        with DiskBackend(tmp_path) as backend:
+            for _ in range(2):
+                put(backend, 1, 100)
+                assert backend.discard_damaged(key(1))
+            assert backend.remove(key(1)) is False
+            assert files(tmp_path, ".damaged") == []
+            assert ledger_and_truth(tmp_path) == (0, 0)
+
+    def test_the_last_few_stay(self, tmp_path):
+        with DiskBackend(tmp_path) as backend:
+            for n in (0, *range(ASIDE), 0, *range(ASIDE, 2 * ASIDE - 1)):
+                put(backend, n, 100)
+                assert backend.discard_damaged(key(n))
+            left = {path.stem for path in files(tmp_path, ".damaged")}
+            assert left == {key(n).hex() for n in (0, *range(ASIDE, 2 * ASIDE - 1))}
+            assert ledger_and_truth(tmp_path) == (ASIDE * 4096, ASIDE * 4096)
+
+    @pytest.mark.parametrize("reopened", [False, True])
+    def test_they_make_room_first(self, tmp_path, reopened):
+        backend = DiskBackend(tmp_path, max_size=MB, min_free=0)
+        for n in range(9):
+            assert put(backend, n, 100_000)
+        for n in (7, 8):
+            assert backend.discard_damaged(key(n))
+        if reopened:
+            backend.close()
+            (tmp_path / "usage").unlink()
+            backend = DiskBackend(tmp_path, max_size=MB, min_free=0)
+        for n in (10, 11):
+            assert put(backend, n, 100_000)
+            used, truth = ledger_and_truth(tmp_path)
+            assert used == truth <= MB
+        assert present(backend, range(12)) == [*range(7), 10, 11]
+        assert files(tmp_path, ".damaged") == []
+        backend.close()
 
 
 class TestFailures:

@@ -82,6 +82,8 @@ def test_a_flipped_bit_in_a_field_is_a_miss(stored, field):
         assert stored.tokens_with(flipped(stored.whole, FIELDS[field], bit)) == 0
         assert stored.damaged() == bit + 1
         assert not stored.path.exists()
+        aside = stored.path.with_suffix(".damaged")
+        assert aside.read_bytes() == flipped(stored.whole, FIELDS[field], bit)
 
 
 @again

@@ -82,6 +82,15 @@ def test_a_codec_that_nobody_has_stops_the_start():
         open_tiers("memory://?codec=zst")
 
 
+def test_what_is_damaged_is_discarded_where_it_lies():
+    class Aside(Wrapper):
+        def discard_damaged(self, key):
+            return f"{key.hex()} is kept"
+
+    packed = Packed(Aside(MemoryBackend()), ZlibCodec())
+    assert packed.discard_damaged(KEY) == f"{KEY.hex()} is kept"
+
+
 class TestBuffers:
     def test_one_is_used_again(self):
         buffers = Buffers()

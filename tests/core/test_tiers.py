@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import threading
@@ -72,9 +73,9 @@ class Backend(Wrapper):
         self._called("count_leading")
         return super().count_leading(keys)
 
-    def remove(self, key):
-        self._called("remove")
-        return super().remove(key)
+    def discard_damaged(self, key):
+        self._called("discard_damaged")
+        return super().discard_damaged(key)
 
     def close(self):
         self.closed += 1
@@ -849,13 +850,19 @@ class TestOrder:
 
 
 class TestDamage:
-    def test_a_damaged_object_is_a_miss_a_counter_and_gone(self, new_cache, stored):
+    def test_a_damaged_object_is_a_miss_a_counter_and_gone(
+        self, new_cache, stored, caplog, monkeypatch
+    ):
+        monkeypatch.setattr(logging.getLogger("lmcache"), "propagate", True)
         backend = stored(rig.tokens(2 * CHUNK))
         cache = new_cache(Corrupting(backend, every=2))
         hit = cache.lookup(rig.tokens(2 * CHUNK))
         assert (hit.tokens, hit.receipt.reason) == (CHUNK, Reason.DAMAGED)
         assert cache.counters.values["damaged", "t0"] == 1
+        key = rig.chain(rig.tokens(2 * CHUNK)).key(1).hex()
+        assert f"tier t0 held a damaged object: {key}" in caplog.text
         assert len(backend.held()) == 1
+        assert backend.calls.count("discard_damaged") == 1
         assert cache.lookup(rig.tokens(2 * CHUNK)).receipt.reason is Reason.NEVER_STORED
         cache.assert_idle()
 
@@ -904,7 +911,7 @@ class TestDamage:
         backend.capabilities = Capabilities(removal=False)
         cache = new_cache(Corrupting(backend, every=1))
         assert cache.lookup(rig.tokens(CHUNK)).receipt.reason is Reason.DAMAGED
-        assert "remove" not in backend.calls
+        assert "discard_damaged" not in backend.calls
 
     def test_an_object_that_vanishes_is_a_miss(self, new_cache, stored):
         backend = stored(rig.tokens(2 * CHUNK))
@@ -936,7 +943,7 @@ class TestErrors:
 
     def test_removing_a_damaged_object_may_fail(self, new_cache, stored):
         backend = stored(rig.tokens(CHUNK))
-        backend.error, backend.only = on_purpose, ("remove",)
+        backend.error, backend.only = on_purpose, ("discard_damaged",)
         cache = new_cache(Corrupting(backend, every=1))
         assert cache.lookup(rig.tokens(CHUNK)).receipt.reason is Reason.DAMAGED
         cache.assert_idle()

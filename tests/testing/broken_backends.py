@@ -319,13 +319,13 @@ class CountsAThousandAtMost(CountsRight):
         return super().count_leading(keys)
 
 
-@breaks("test_remove_if_promised")
+@breaks("test_remove_if_promised", "test_what_was_damaged_is_gone")
 class RemovesNothing(MemoryBackend):
     def remove(self, key):
         return self.contains(key)
 
 
-@breaks("test_remove_if_promised")
+@breaks("test_remove_if_promised", "test_what_was_damaged_is_gone")
 class SaysItRemovedWhatWasNotThere(MemoryBackend):
     def remove(self, key):
         return super().remove(key) or True
@@ -334,6 +334,21 @@ class SaysItRemovedWhatWasNotThere(MemoryBackend):
 @breaks("test_remove_if_promised")
 class RemovesWithoutAPromise(MemoryBackend):
     capabilities = Capabilities(removal=False)
+
+
+@breaks("test_what_was_damaged_is_gone")
+class LeavesWhatIsDamaged(MemoryBackend):
+    def discard_damaged(self, key):
+        return self.contains(key)
+
+
+@breaks("test_what_was_damaged_is_gone")
+class DiscardsEverything(MemoryBackend):
+    def discard_damaged(self, key):
+        found = self.contains(key)
+        for other in list(self._held()):
+            self.remove(other)
+        return found
 
 
 @breaks("test_removing_one_leaves_the_others")

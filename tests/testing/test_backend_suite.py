@@ -15,7 +15,7 @@ from lmcache.testing import BackendSuite
 pytest_plugins = ["pytester"]
 
 RULES = {name for name in dir(BackendSuite) if name.startswith("test_")}
-CASES = len(RULES) + 3 + 4 + 2
+CASES = len(RULES) + 3 + 5 + 2
 """Rules that are checked more than once count as often: sizes, calls, and moments of a kill."""
 HISTORY = "test_any_history_shows_only_what_was_put"
 SUITE = """

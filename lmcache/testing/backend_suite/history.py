@@ -13,6 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from lmcache.testing.backend_suite.tools import blank
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lmcache.core.keys import ChunkKey
     from lmcache.testing.backend_suite.tools import Keys, OpenClient
 
 NAMES = 3
@@ -81,12 +84,16 @@ class BackendStateMachine(RuleBasedStateMachine):
 
     def _remove(self, name: int) -> None:
         if self._client.capabilities.removal:
-            self._seen(name, there=self._client.remove(self._keys[name]))
-            self._may_be[name].clear()
+            self._gone(name, self._client.remove)
+
+    def _gone(self, name: int, remove: Callable[[ChunkKey], bool]) -> None:
+        self._seen(name, there=remove(self._keys[name]))
+        self._may_be[name].clear()
 
     def _replace(self, name: int, size: int) -> None:
         """What is done about an object that was damaged."""
-        self._remove(name)
+        if self._client.capabilities.removal:
+            self._gone(name, self._client.discard_damaged)
         self._put(name, size, again=False)
 
     def _get(self, room: int) -> None:

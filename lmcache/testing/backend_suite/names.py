@@ -90,6 +90,18 @@ class NameRules:
         assert got(backend, keys(), 8) is None
         assert backend.remove(keys()) is False
 
+    def test_what_was_damaged_is_gone(self, backend: StorageBackend, keys: Keys) -> None:
+        if not backend.capabilities.removal:
+            return
+        other = payload(8)
+        backend.put(keys(1), other)
+        for _ in range(2):
+            backend.put(keys(), payload(8))
+            assert backend.discard_damaged(keys()) is True
+            assert got(backend, keys(), 8) is None
+            assert backend.discard_damaged(keys()) is False
+            assert got(backend, keys(1), 8) == other
+
     def test_removing_one_leaves_the_others(self, backend: StorageBackend, keys: Keys) -> None:
         if not backend.capabilities.removal:
             return

@@ -73,6 +73,7 @@ class PromiseRules:
             pytest.param(lambda b, key: b.contains(key), id="contains"),
             pytest.param(lambda b, key: b.count_leading([key]), id="count_leading"),
             pytest.param(lambda b, key: b.remove(key), id="remove"),
+            pytest.param(lambda b, key: b.discard_damaged(key), id="discard_damaged"),
         ],
     )
     def test_closed_means_closed(
@@ -86,7 +87,8 @@ class PromiseRules:
         backend.put(keys(), payload(8))
         backend.close()
         # a backend that never removes may say so first
-        unsupported = request.node.callspec.id == "remove" and not backend.capabilities.removal
+        removes = request.node.callspec.id in ("remove", "discard_damaged")
+        unsupported = removes and not backend.capabilities.removal
         with pytest.raises((BackendClosed, Unsupported) if unsupported else BackendClosed):
             call(backend, keys())
 

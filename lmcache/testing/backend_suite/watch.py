@@ -95,6 +95,9 @@ class Watched(Wrapper):
     def remove(self, key: ChunkKey) -> bool:
         return self._watch("remove", self.backend.remove, key)
 
+    def discard_damaged(self, key: ChunkKey) -> bool:
+        return self._watch("discard_damaged", self.backend.discard_damaged, key)
+
     def count_leading(self, keys: Sequence[ChunkKey]) -> int:
         return self._watch("count_leading", self.backend.count_leading, keys)
 
