@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from lmcache.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_IGNORED = {"num_workers"}
+_IGNORED = {"num_workers", "per_op_workers"}
 
 
 def url_of(text: str) -> str:
@@ -45,16 +45,52 @@ def _file(about: dict[str, Any]) -> str:
 
 def _redis(about: dict[str, Any]) -> str:
     host, port = about.pop("host"), about.pop("port")
-    user, password = (about.pop(name, "") or "" for name in ("username", "password"))
-    secret = f"{quote(user, safe='')}:{quote(password, safe='')}@" if user or password else ""
+    secret = _secret(about, "username", "password")
     host = f"[{host}]" if ":" in host else host
     return f"redis://{secret}{host}:{port}"
 
 
+def _s3(about: dict[str, Any]) -> str:
+    """Their endpoint is that of the bucket, which is the first word of its host."""
+    bucket, _, host = about.pop("s3_endpoint").removeprefix("s3://").partition(".")
+    if about.pop("s3_enable_s3express", False):
+        raise ConfigError("--l2-adapter of type 's3': S3 Express is not supported")
+    scheme = "http" if about.pop("disable_tls", False) else "https"
+    options = {"region": about.pop("s3_region"), "endpoint": f"{scheme}://{host}"}
+    secret = _secret(about, "aws_access_key_id", "aws_secret_access_key")
+    return f"s3://{secret}{bucket}?{urlencode(options)}&virtual_hosted=true"
+
+
+def _mooncake(about: dict[str, Any]) -> str:
+    """What they hand on to Mooncake."""
+    master = about.pop("master_server_addr")
+    said = {ours: about.pop(theirs, None) for theirs, ours in _OF_MOONCAKE.items()}
+    if str(said["segment"]) == "0":
+        said["segment"] = None
+    options = urlencode({name: value for name, value in said.items() if value})
+    return f"mooncake://{master}" + (f"?{options}" if options else "")
+
+
+def _secret(about: dict[str, Any], *names: str) -> str:
+    user, password = (quote(about.pop(name, "") or "", safe="") for name in names)
+    return f"{user}:{password}@" if user or password else ""
+
+
+_OF_MOONCAKE = {
+    "metadata_server": "metadata",
+    "global_segment_size": "segment",
+    "local_buffer_size": "buffer",
+    "protocol": "protocol",
+    "rdma_devices": "device",
+}
 _KINDS: dict[str, tuple[Callable[[dict[str, Any]], str], set[str]]] = {
     "fs": (_file, {"use_odirect", "read_ahead_size", "relative_tmp_dir"}),
     "fs_native": (_file, {"use_odirect", "read_ahead_size", "relative_tmp_dir"}),
     # the server's own `maxmemory` says how much there is room for
     "resp": (_redis, {"max_capacity_gb"}),
+    # as do the rules of a bucket
+    "s3": (_s3, {"max_capacity_gb", "s3_num_io_threads", "s3_prefer_http2"}),
+    # our address is that at which we reach the master
+    "mooncake_store": (_mooncake, {"local_hostname"}),
 }
 """How each type is written as a URL, and which of its keys say how and not what."""

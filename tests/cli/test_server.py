@@ -17,12 +17,14 @@ from pathlib import Path
 import pytest
 import typer
 
+from lmcache.backends.s3_url import OPTIONS, bucket_of
 from lmcache.cli import bench, bench_pages
 from lmcache.cli.l2_adapter import url_of
 from lmcache.cli.output import Format
 from lmcache.core.errors import ConfigError, ServiceError
 from lmcache.core.service import wire
 from lmcache.core.service.link import Link
+from lmcache.core.urls import parse_url
 
 SERVING = re.compile(r"Serving engines at (\S+), people at (http://\S+?):(\d+):")
 PATIENCE_S = 30
@@ -331,6 +333,56 @@ class TestTiersAsUpstreamWritesThem:
         assert url_of(json.dumps({"type": "resp", "host": "h", "port": 6379, **said})) == url
 
     @pytest.mark.parametrize(
+        ("said", "url"),
+        [
+            (
+                {},
+                "s3://store?region=eu-1&endpoint=https%3A%2F%2Fs3.x%3A9000&virtual_hosted=true",
+            ),
+            (
+                {
+                    "disable_tls": True,
+                    "s3_num_io_threads": 64,
+                    "s3_enable_s3express": False,
+                    "aws_access_key_id": "k",
+                    "aws_secret_access_key": "s/+",
+                },
+                "s3://k:s%2F%2B@store?region=eu-1&endpoint=http%3A%2F%2Fs3.x%3A9000&virtual_hosted=true",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("scheme", ["", "s3://"])
+    def test_s3(self, scheme, said, url, monkeypatch):
+        monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+        about = {"s3_endpoint": f"{scheme}store.s3.x:9000", "s3_region": "eu-1", **said}
+        assert url_of(json.dumps({"type": "s3", **about})) == url
+        bucket = bucket_of(parse_url(url, options=OPTIONS))
+        assert bucket.name == "store"
+
+    @pytest.mark.parametrize(
+        ("said", "url"),
+        [
+            ({}, "mooncake://m:50051"),
+            ({"global_segment_size": "0", "protocol": "tcp"}, "mooncake://m:50051?protocol=tcp"),
+            (
+                {
+                    "local_hostname": "here",
+                    "metadata_server": "P2PHANDSHAKE",
+                    "global_segment_size": 99,
+                    "local_buffer_size": "9",
+                    "protocol": "rdma",
+                    "rdma_devices": "mlx5_0",
+                    "per_op_workers": {"lookup": 2},
+                },
+                "mooncake://m:50051?metadata=P2PHANDSHAKE&segment=99&buffer=9&protocol=rdma&device=mlx5_0",
+            ),
+        ],
+    )
+    def test_mooncake(self, said, url):
+        about = {"type": "mooncake_store", "master_server_addr": "m:50051", **said}
+        assert url_of(json.dumps(about)) == url
+
+    @pytest.mark.parametrize(
         ("text", "why"),
         [
             ("fs", "no JSON object"),
@@ -339,6 +391,12 @@ class TestTiersAsUpstreamWritesThem:
             ('{"type": "resp", "host": "x"}', "needs 'port'"),
             ('{"type": "resp", "host": "x", "port": 1, "base_path": "/"}', "base_path"),
             ('{"type": "nixl"}', "'nixl' is not known"),
+            ('{"type": "s3", "s3_region": "x"}', "needs 's3_endpoint'"),
+            (
+                '{"type": "s3", "s3_region": "", "s3_endpoint": "b.h", "s3_enable_s3express": 1}',
+                "S3 Express",
+            ),
+            ('{"type": "mooncake_store"}', "needs 'master_server_addr'"),
             ('{"type": "fs", "base_path": "/x"}', "needs 'max_capacity_gb'"),
             ('{"type": "fs", "base_path": "/x", "max_capacity_gb": 1, "colour": 1}', "colour"),
         ],
