@@ -356,8 +356,9 @@ class TestTiersAsUpstreamWritesThem:
         monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
         about = {"s3_endpoint": f"{scheme}store.s3.x:9000", "s3_region": "eu-1", **said}
         assert url_of(json.dumps({"type": "s3", **about})) == url
+        where = "http" if said else "https"
         bucket = bucket_of(parse_url(url, options=OPTIONS))
-        assert bucket.name == "store"
+        assert bucket._label == f"the bucket store at {where}://store.s3.x:9000"
 
     @pytest.mark.parametrize(
         ("said", "url"),
