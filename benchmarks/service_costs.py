@@ -118,7 +118,7 @@ def lookups(times: int = 200) -> dict[str, Any]:
     from lmcache.cli.bench_pages import BenchPages, parse_shapes
 
     figures: dict[str, Any] = {}
-    with served(OURS, "--l1-size-gb", "0.25") as (port, _):
+    with served(OURS, "--l1-size-gb", "0.5") as (port, _):
         url = f"tcp://127.0.0.1:{port}"
         pages = BenchPages(parse_shapes(f"(1,{LOOKUPS[-1] // 16},16,1,16):uint8:1"), lends=False)
         engine, other = (BenchEngine(pages, url, "auto", fresh=False) for _ in range(2))
