@@ -35,6 +35,7 @@ BESIDE = {
     "put_of_fio": ("put_gb_s", "fio_put_gb_s"),
     "put_of_fio_files": ("put_gb_s", "fio_files_put_gb_s"),
     "get_of_fio": ("get_gb_s", "fio_get_gb_s"),
+    "get_of_fio_files": ("get_gb_s", "fio_files_get_gb_s"),
 }
 """Each is what the backend reaches of what fio does."""
 

@@ -34,6 +34,7 @@ class Fio:
             rates["fio_get_gb_s"] = self._run(folder, "read", *case)
         with tempfile.TemporaryDirectory(dir=self._directory, prefix="fio-") as folder:
             rates["fio_files_put_gb_s"] = self._run(folder, "write", *case, *each_a_file(*case))
+            rates["fio_files_get_gb_s"] = self._run(folder, "read", *case, *each_a_file(*case))
         return rates
 
     def _run(
@@ -52,7 +53,7 @@ class Fio:
 
 
 def each_a_file(size: int, _: int, requests: int) -> list[str]:
-    """What makes fio write a new file for each request of a thread, one after the other."""
+    """What makes fio open a file of its own for each request of a thread, one after the other."""
     files = [f"--filesize={size}", f"--nrfiles={requests}", "--openfiles=1", "--create_on_open=1"]
     return [*files, "--file_service_type=sequential"]
 
