@@ -79,8 +79,7 @@ class Decider:
         self.on_use: Callable[[Iterator[Slot]], None] | None = None
         """Told of those that were found, or that an engine would have stored again."""
         self.on_pressure: Callable[[Iterator[Slot]], None] | None = None
-        """Told of those of them that are the next to be evicted, and due to be told of, each once.
-        """
+        """Told of those of them that are the next to be evicted and that late tiers lack, once."""
         self.late_from = ALL
         """How many tiers come before the first that is to hear of them."""
         self._pressed = 0

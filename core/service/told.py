@@ -154,6 +154,6 @@ def _packed(tokens: Sequence[int], start: int, stop: int) -> array[int]:
 
 def _grown(packed: array[int], tokens: Sequence[int], stop: int) -> array[int]:
     """Not in place: what is being sent may still be read."""
-    if stop > 2 * len(packed):  # all of it costs less than the rest, and to join them
+    if 2 * len(packed) < stop <= len(tokens):  # to join them costs more than all of it
         return _packed(tokens, 0, stop)
     return packed + _packed(tokens, len(packed), stop)

@@ -360,6 +360,17 @@ class TestSharing:
             _, more = told_of.tell(engine.chain(chain.tokens), 3 * CHUNK, brief=brief)
             assert more.like.tokens + len(more.tokens) // 4 == CHUNK + 2
 
+    def test_what_was_told_stays_told_if_tokens_vanish(self, house, join):
+        engine = join(house)
+        told_of, chain = engine.client._told, engine.chain(rig.tokens(4 * CHUNK))
+        told_of.tell(chain, CHUNK)
+        whole, chain.tokens = chain.tokens, chain.tokens[: CHUNK - 4]
+        _, more = told_of.tell(chain, 4 * CHUNK)
+        assert (more.at, len(more.tokens)) == (CHUNK, 0)
+        chain.tokens = whole
+        _, more = told_of.tell(chain, 4 * CHUNK)
+        assert (more.at, len(more.tokens) // 4) == (CHUNK, 3 * CHUNK)
+
     def test_a_guess_that_could_not_be_sent_is_no_promise(self, house, join, monkeypatch):
         engine = join(house)
         engine.lookup(engine.chain(rig.tokens(2 * CHUNK)))
