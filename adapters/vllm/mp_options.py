@@ -54,7 +54,7 @@ class MpOptions(BaseModel):
 
     @property
     def endpoint(self) -> str:
-        """The server's address, as ZeroMQ writes it."""
+        """The server's address."""
         urls = self.server_urls
         if isinstance(urls, str):
             urls = [url.strip() for url in urls.split(",") if url.strip()]

@@ -7,7 +7,6 @@ to them even when the server can no longer be told.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from itertools import count
@@ -201,7 +200,6 @@ class ServiceClient(CacheClient):
         # a guess would be read from slower tiers, and what is right would have to wait for that
         brief = brief and not self.about.has_tiers
         number = self._begin(owner, chain, stop, asking, brief=brief)
-        os.sched_yield()  # or the thread that sends it may have to wait for what we do next
         is_so = False
         try:
             is_so = self._told.confirm(chain)

@@ -11,11 +11,10 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-import zmq
-
 from lmcache.core.errors import ServiceError
 from lmcache.core.log import init_logger
 from lmcache.core.service import wire
+from lmcache.core.service.stream import connect
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,11 +22,6 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 CONNECT_S = 2.0
-QUEUE = 10_000
-"""Messages a server may be behind by before we take it for lost."""
-LINGER_MS = 100
-LARGE = 1 << 16
-"""Bytes from which on handing a message over costs less than copying it."""
 PING_NUMBER = (1 << 63) - 1
 """The number of every ping: calls count from 1."""
 
@@ -50,25 +44,7 @@ class Link:
         """The calls somebody waits for, each with its answer once that is here."""
         self._is_slow = False
         self._pinged = False
-        self._context = zmq.Context(io_threads=1)
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE)
-        self._socket.setsockopt(zmq.SNDHWM, QUEUE)
-        self._socket.setsockopt(zmq.RCVHWM, QUEUE)
-        self._socket.setsockopt(zmq.CONNECT_TIMEOUT, int(CONNECT_S * 1e3))
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._news = zmq.Poller()
-        for sock in (self._socket, self._monitor):
-            self._news.register(sock, zmq.POLLIN)
-        try:
-            self._socket.connect(endpoint)
-            if not self._socket.poll(int(CONNECT_S * 1e3), zmq.POLLOUT):
-                raise ServiceError(f"no server listens on {endpoint}")
-        except (zmq.ZMQError, ServiceError) as error:
-            self.close()
-            raise ServiceError(str(error)) from error
+        self._stream = connect(endpoint, CONNECT_S)
 
     def is_up(self) -> bool:
         """Whether a call is worth making. Never blocks."""
@@ -101,7 +77,7 @@ class Link:
                     return answer
                 if self.is_lost or (rest := deadline - time.monotonic()) <= 0:
                     return None
-                self._news.poll(max(1, int(rest * 1e3)))
+                self._stream.wait(rest)
 
     def end(self, number: int) -> None:
         """Nobody waits for this call any more; an answer nobody has taken is an orphan."""
@@ -148,34 +124,31 @@ class Link:
         """Disconnect. What was sent may still arrive."""
         with self.lock:
             self.is_lost = True
-            if not self._context.closed:
-                self._socket.disable_monitor()
-                self._context.destroy(linger=LINGER_MS)
+            self._stream.close()
 
     # ----
 
     def _send(self, number: int, body: wire.Request) -> None:
         if self.is_lost:
             raise ServiceError("the server is gone")
+        message = wire.encode(wire.Call(number, self.session, body))
         try:
-            frame = wire.encode(wire.Call(number, self.session, body))
-            self._socket.send(frame, zmq.NOBLOCK, copy=len(frame) < LARGE)
-        except zmq.ZMQError as error:
+            self._stream.send(message)
+        except ServiceError:
             self.is_lost = bool(self.session)
-            raise ServiceError(f"nothing can be sent to {self.endpoint}: {error}") from error
+            raise
 
     def _receive(self) -> None:
-        """Take in all that has arrived."""
+        """Take in all that has arrived, and send what waits to be taken."""
         if self.is_lost:
             return
-        while _is_readable(self._socket):
-            try:
-                self._take(wire.decode_answer(self._socket.recv(zmq.NOBLOCK)))
-            except ServiceError as error:
-                logger.warning("the server at %s is not understood: %s", self.endpoint, error)
-                self.is_lost = True
-                return
-        if _is_readable(self._monitor):
+        try:
+            self._stream.flush()
+            while self._stream.read():
+                while (message := self._stream.take()) is not None:
+                    self._take(wire.decode_answer(message))
+        except ServiceError as error:
+            logger.debug("the connection to %s ends: %s", self.endpoint, error)
             self.is_lost = True
 
     def _take(self, answer: wire.Answer) -> None:
@@ -194,8 +167,3 @@ class Link:
             self._asked[answer.number] = answer.body
         elif self.orphan:
             self.orphan(answer.body)
-
-
-def _is_readable(sock: zmq.Socket[bytes]) -> bool:
-    """Like `poll(0)`, at a tenth of its cost."""
-    return bool(int(sock.get(zmq.EVENTS)) & zmq.POLLIN)

@@ -55,7 +55,7 @@ class Terms:
 class Visited(NamedTuple):
     """What became of visiting an engine's movers."""
 
-    peer: bytes
+    peer: int
     call: wire.Call
     about: wire.Attach
     words: list[int]
@@ -84,7 +84,7 @@ class Service:
 
     # ---- calls
 
-    def handle(self, peer: bytes, data: bytes | memoryview) -> bytes | None:
+    def handle(self, peer: int, data: bytes | memoryview) -> bytes | None:
         """Answer one frame; None if no answer is due, or none yet."""
         try:
             call = wire.decode_call(data)
@@ -99,7 +99,7 @@ class Service:
             body = wire.Refused("an error of the server's own; its log has more")
         return self._frame(call.number, body) if body else None
 
-    def _answer(self, peer: bytes, call: wire.Call) -> wire.Reply | None:
+    def _answer(self, peer: int, call: wire.Call) -> wire.Reply | None:
         if isinstance(call.body, wire.Attach):
             return self._attach(peer, call, call.body)
         session = self.sessions.get(call.session)
@@ -146,7 +146,7 @@ class Service:
 
     # ---- coming
 
-    def _attach(self, peer: bytes, call: wire.Call, about: wire.Attach) -> wire.Reply | None:
+    def _attach(self, peer: int, call: wire.Call, about: wire.Attach) -> wire.Reply | None:
         if about.protocol != wire.PROTOCOL:
             return self._foreign(about.protocol)
         if not hmac.compare_digest(about.token.encode(), self.terms.token.encode()):
@@ -173,7 +173,7 @@ class Service:
 
     def _visit(
         self,
-        peer: bytes,
+        peer: int,
         call: wire.Call,
         about: wire.Attach,
         words: list[int],
@@ -237,7 +237,7 @@ class Service:
 
     # ---- what nobody asked for just now
 
-    def due(self) -> Iterator[tuple[bytes, bytes]]:
+    def due(self) -> Iterator[tuple[int, bytes]]:
         """Answers that have become possible, each with the peer it is for."""
         while True:
             try:

@@ -63,9 +63,9 @@ class Binding:
 
     @property
     def endpoint(self) -> str:
-        """The engines' address, as ZeroMQ writes it."""
+        """The engines' address."""
         host = self.host.removeprefix("tcp://")
-        return f"tcp://{f'[{host}]' if ':' in host else host}:{self.port or '*'}"
+        return f"tcp://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 def is_loopback(host: str) -> bool:

@@ -55,8 +55,8 @@ class Session:
     attachment: Attachment
     words: list[int]
     """Its movers' words in the slab."""
-    peer: bytes
-    """Where its answers go."""
+    peer: int
+    """The connection its answers go to."""
     memo: Memo[KeyChain]
     sequences: dict[int, KeyChain] = field(default_factory=dict)
     hits: dict[int, Hit] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """What engines and the server say to each other; `docs/protocol.md` specifies it.
 
-Each message is one frame of MessagePack that decodes into one of the types below or is refused.
+Each message is one piece of MessagePack that decodes into one of the types below or is refused.
 Every field has a bound: a peer can be wrong, but it cannot make us allocate what it likes.
 """
 

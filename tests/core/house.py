@@ -12,7 +12,7 @@ from lmcache.core.service.service import Terms
 class House:
     """A server on a thread of its own."""
 
-    def __init__(self, decider, tiers, *, endpoint="tcp://127.0.0.1:*", **terms):
+    def __init__(self, decider, tiers, *, endpoint="tcp://127.0.0.1:0", **terms):
         offered = {
             "chunk_size": 256,
             "modes": ("engine_driven",),

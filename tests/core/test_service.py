@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
+import socket
+import struct
 import threading
 import time
 from array import array
+from contextlib import suppress
 from functools import partial
 
 import pytest
 import rig
-import zmq
 from house import House
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mooncake_server import Contributor, Master, needs_mooncake
 from redis_server import RedisServer, needs_server
 from s3_server import S3Server, needs_s3
@@ -25,10 +31,11 @@ from lmcache.core.fetch import PLAIN
 from lmcache.core.keys import Insert
 from lmcache.core.receipts import Reason
 from lmcache.core.service import memo as memo_module
+from lmcache.core.service import peers, told, wire
 from lmcache.core.service import session as sessions
-from lmcache.core.service import told, wire
 from lmcache.core.service.client import ATTACH_S, ServiceClient
 from lmcache.core.service.memo import Memo, take_keys
+from lmcache.core.service.stream import parse_endpoint
 from lmcache.core.tier import Tier
 from lmcache.core.tiers import Tiers
 from lmcache.plugins.manager import PluginManager
@@ -659,13 +666,12 @@ class TestComingAndGoing:
 
     def test_a_server_that_dies_while_an_engine_attaches(self):
         """The engine must not wait for its answer: the next server may be up already."""
-        context = zmq.Context()
-        stub = context.socket(zmq.ROUTER)
-        port = stub.bind_to_random_port("tcp://127.0.0.1")
+        stub = socket.create_server(("127.0.0.1", 0))
+        port = stub.getsockname()[1]
 
         def die():
-            stub.recv_multipart()
-            context.destroy(linger=0)
+            with stub, stub.accept()[0] as sock:
+                sock.recv(4096)
 
         dying = threading.Thread(target=die)
         dying.start()
@@ -816,23 +822,41 @@ class TestMemo:
         assert memo._tokens == 2 * CHUNK
 
 
+PING = wire.encode(wire.Call(1, 0, wire.Ping()))
+
+
+def framed(message):
+    return struct.pack("<I", len(message)) + message
+
+
+def connected(house):
+    """A bare socket to the server."""
+    return socket.create_connection(parse_endpoint(house.endpoint), 5.0)
+
+
+def is_answered(sock):
+    sock.sendall(framed(PING))
+    return bool(sock.recv(4096))
+
+
 class TestFloods:
-    def test_peers_take_turns(self, house, join):
-        """Whoever sends without an end, and reads nothing, holds up nobody else."""
+    @pytest.mark.parametrize("reads", [True, False])
+    def test_peers_take_turns(self, house, join, reads):
+        """Whoever sends without an end holds up nobody else, nor does who reads no answers."""
         engine = join(house)
         sequence = rig.tokens(2 * CHUNK)
         engine.compute(sequence, range(8))
-        frame = wire.encode(wire.Call(1, 0, wire.Ping()))
         sent, is_over = [], threading.Event()
 
         def flood():
-            with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
-                sock.setsockopt(zmq.LINGER, 0)
-                sock.connect(house.endpoint)
+            with connected(house) as sock:
+                sock.settimeout(0.01)
                 while not is_over.is_set():
-                    if sock.poll(10, zmq.POLLOUT):
-                        sock.send(frame, zmq.NOBLOCK)
+                    with suppress(TimeoutError):
+                        sock.sendall(framed(PING))
                         sent.append(1)
+                        while reads and not len(sent) % 100 and sock.recv(1 << 16):
+                            pass
 
         floods = [threading.Thread(target=flood) for _ in range(3)]
         for thread in floods:
@@ -842,7 +866,7 @@ class TestFloods:
             before = len(sent)
             for number in range(20):
                 assert engine.store(rig.tokens(CHUNK, number), range(4)) is Reason.NONE
-            rig.wait_until(lambda: len(sent) > before)
+            assert not reads or len(sent) > before
             assert engine.store(sequence, range(8)) is Reason.NONE
             hit, failed = engine.load(sequence, range(8, 16))
             assert (hit.tokens, failed) == (2 * CHUNK, [])
@@ -850,6 +874,79 @@ class TestFloods:
             is_over.set()
             for thread in floods:
                 thread.join()
+
+    def test_who_does_not_take_answers_is_not_answered_more(self, house):
+        """The server keeps no more for it than the answer that did not fit."""
+        theirs = house.server._peers
+        with connected(house) as sock:
+            sock.settimeout(0.2)
+            count = 0
+            with suppress(TimeoutError):
+                while True:
+                    sock.sendall(framed(PING) * 1000)
+                    count += 1000
+            [stream] = house.server.ask(lambda service: list(theirs._streams.values()))
+            assert 0 < len(stream._unsent) < 1 << 12
+            sock.settimeout(10)
+            pong = wire.Answer(1, house.server.service.boot, wire.Pong("house"))
+            left = count * len(framed(wire.encode(pong)))
+            while left > 0:
+                left -= len(sock.recv(1 << 20))
+            assert not stream._unsent
+
+
+class TestPeers:
+    @pytest.mark.parametrize(
+        "data", [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 8, struct.pack("<I", wire.MAX_MESSAGE + 1)]
+    )
+    def test_who_speaks_another_language_is_parted_with(self, house, join, data):
+        with connected(house) as sock:
+            sock.sendall(data)
+            assert sock.recv(4096) == b""
+        assert join(house).store(rig.tokens(CHUNK), range(4)) is Reason.NONE
+
+    @settings(
+        max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
+    @given(data=st.binary(max_size=200))
+    def test_whatever_is_said_the_server_goes_on(self, house, data):
+        with connected(house) as sock:
+            sock.sendall(data)
+        with connected(house) as sock:
+            assert is_answered(sock)
+
+    def test_there_are_only_so_many(self, house, monkeypatch):
+        monkeypatch.setattr(peers, "MAX_PEERS", 2)
+        with connected(house) as first, connected(house) as second:
+            assert is_answered(first)
+            assert is_answered(second)
+            with connected(house) as third:
+                assert third.recv(4096) == b""
+        rig.wait_until(lambda: not house.server._peers._streams)
+        with connected(house) as fourth:
+            assert is_answered(fourth)
+
+    def test_without_descriptors_nobody_is_let_in_until_there_are_some(self, house, warnings):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with socket.socket() as sock, socket.socket() as last:
+            sock.settimeout(10)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno() + 1, hard))
+            try:
+                fill = []
+                with suppress(OSError):
+                    while True:
+                        fill.append(os.dup(0))
+                sock.connect(parse_endpoint(house.endpoint))
+                rig.wait_until(lambda: warnings)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                for fd in fill:
+                    os.close(fd)
+            assert "cannot let an engine in" in warnings[0]
+            assert is_answered(sock)
+
+    def test_an_answer_that_comes_after_its_peer_left(self, house):
+        house.server.ask(lambda service: house.server._peers.send(999, b"late"))
 
 
 class TestErrorsOfOurOwn:

@@ -26,8 +26,8 @@ from lmcache.core.engine import moves_for
 from lmcache.core.errors import ServiceError
 from lmcache.core.index import Slot
 from lmcache.core.receipts import Reason
+from lmcache.core.service import peers, stream, wire
 from lmcache.core.service import session as sessions
-from lmcache.core.service import wire
 from lmcache.core.service.service import Service, Terms
 from lmcache.core.slab import MAX_MOVERS
 
@@ -380,7 +380,8 @@ class TestDocument:
 
     def test_its_example(self):
         [(said, data)] = re.findall(r"^    (\[.*\]) +((?:[0-9a-f]{2} ?)+)$", PAGE, re.MULTILINE)
-        frame = bytes.fromhex(data)
+        length, frame = bytes.fromhex(data)[:4], bytes.fromhex(data)[4:]
+        assert int.from_bytes(length, "little") == len(frame)
         assert msgspec.msgpack.decode(frame) == json.loads(said)
         assert wire.decode_call(frame) == wire.Call(1, 0, wire.Ping())
 
@@ -390,8 +391,12 @@ class TestDocument:
             sessions.MAX_SEQUENCES,
             sessions.MAX_LOOKUPS,
             MAX_MOVERS,
+            peers.MAX_PEERS,
+            peers.TURN,
         ):
             assert f"| {limit:,}" in PAGE
+        assert f"for {stream.FAITH} times" in PAGE
+        assert f"| {stream.MAX_BEHIND >> 20} MiB |" in PAGE
         assert f"| {wire.MAX_MESSAGE >> 20} MiB |" in PAGE
         assert f"| {sessions.MAX_KNOWN_TOKENS >> 20} Mi |" in PAGE
         assert f"0 to {wire.MAX_TOKENS} |" in PAGE
