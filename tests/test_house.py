@@ -37,7 +37,7 @@ CATCHES_ALL = {
     "adapters/vllm/hooks.py": "likewise",
     "adapters/vllm/mp_connector.py": "likewise",
     "adapters/vllm/outside.py": "a load that failed is reported to the engine, page by page",
-    "adapters/vllm/wall.py": "likewise",
+    "core/wall.py": "the wall between us and the engine",
     "core/service/server.py": "one engine's trouble must not be every engine's",
     "core/service/service.py": "likewise",
     "core/pool.py": "a thread's error is logged, and kept for whoever asks the future",

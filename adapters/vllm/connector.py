@@ -9,7 +9,6 @@ from lmcache.adapters.vllm.live import LIVE
 from lmcache.adapters.vllm.scheduler import SchedulerSide
 from lmcache.adapters.vllm.step import Step
 from lmcache.adapters.vllm.translate import fence_page_tokens, namespace_of
-from lmcache.adapters.vllm.wall import guarded, nothing
 from lmcache.adapters.vllm.worker import WorkerSide
 from lmcache.core.assembly import assemble
 from lmcache.core.attachment import Attachment
@@ -17,6 +16,7 @@ from lmcache.core.config import load_config
 from lmcache.core.joining import Joining
 from lmcache.core.log import init_logger
 from lmcache.core.metrics import Exporter
+from lmcache.core.wall import guarded, nothing
 from lmcache.plugins.manager import PluginManager
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lmcache.adapters.vllm.wall import TOLERATED, Wall, guarded, nothing
 from lmcache.core.errors import LMCacheError
 from lmcache.core.log import init_logger
+from lmcache.core.wall import TOLERATED, Wall, guarded, nothing
 
 if TYPE_CHECKING:
     import torch

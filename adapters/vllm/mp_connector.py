@@ -16,7 +16,6 @@ from lmcache.adapters.vllm.mp_options import MpOptions, split_options
 from lmcache.adapters.vllm.scheduler import SchedulerSide
 from lmcache.adapters.vllm.step import Step
 from lmcache.adapters.vllm.translate import fence_page_tokens, namespace_of
-from lmcache.adapters.vllm.wall import guarded, nothing
 from lmcache.adapters.vllm.worker import WorkerSide
 from lmcache.core.config import LoadedConfig, load_config
 from lmcache.core.environment import environment_text
@@ -25,6 +24,7 @@ from lmcache.core.joining import Joining
 from lmcache.core.log import init_logger
 from lmcache.core.service import wire
 from lmcache.core.service.client import ServiceClient
+from lmcache.core.wall import guarded, nothing
 
 try:  # vLLM 0.32 and later tell hits by where they come from
     from vllm.distributed.kv_transfer.kv_connector.v1.base import CacheHitSource

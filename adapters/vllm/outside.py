@@ -12,9 +12,10 @@ from lmcache.core.log import init_logger
 from lmcache.core.mover import pages_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from lmcache.adapters.vllm.step import Copy, Step
+    from lmcache.core.grants import Progress
     from lmcache.core.kernels.staging import Event
     from lmcache.core.lender import Lender
     from lmcache.core.mover import Mover
@@ -24,34 +25,6 @@ logger = init_logger(__name__)
 
 IDLE_S = 0.002
 """An engine that asks all the time keeps the interpreter's lock from the thread that copies."""
-
-
-class Progress:
-    """Which steps of one attachment are done: a mover may only answer them in order."""
-
-    def __init__(self, finish: Callable[[int], None]) -> None:
-        """`finish(number)` says that this step and all before it are done."""
-        self._finish = finish
-        self._parts: dict[int, int] = {}
-        self._lock = threading.Lock()
-
-    def begin(self, number: int, parts: int) -> None:
-        """A step is at hand that is done when `end` has been called `parts` times."""
-        with self._lock:
-            self._parts[number] = parts
-
-    def end(self, number: int) -> None:
-        """A part of a step is done."""
-        with self._lock:
-            self._parts[number] -= 1
-            done = 0
-            for step, parts in list(self._parts.items()):
-                if parts:
-                    break
-                del self._parts[step]
-                done = step
-            if done:
-                self._finish(done)
 
 
 class _Load(NamedTuple):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm.config import get_current_vllm_config_or_none
 
-from lmcache.adapters.vllm.grants import Grants
+from lmcache.adapters.vllm.grants import VllmGrants
 from lmcache.adapters.vllm.loads import BatchLoads
 from lmcache.adapters.vllm.outside import OutsideLoads
 from lmcache.adapters.vllm.step import Step, StoredEvent
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
 
-    from lmcache.adapters.vllm.grants import Granted
+    from lmcache.core.grants import Granted
 
 
 class WorkerSide:
@@ -45,7 +45,7 @@ class WorkerSide:
         its bytes take besides.
         """
         self._layerwise = layerwise
-        self.grants = Grants(
+        self.grants = VllmGrants(
             vllm_config,
             kv_cache_config,
             may_have_groups=may_have_groups,

@@ -80,7 +80,7 @@ def on_gpu(
 
     def make(seed: object, **options: Any) -> Any:
         gpu = sys.modules["fake_gpu"].Gpu(str(seed))
-        monkeypatch.setattr("lmcache.adapters.vllm.grants.copier_for", gpu.copier_for)
+        monkeypatch.setattr("lmcache.core.grants.copier_for", gpu.copier_for)
         return make_engine(gpu=gpu, **options)
 
     return make

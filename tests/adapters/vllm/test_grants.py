@@ -139,7 +139,7 @@ def test_memory_for_a_copier_that_cannot_be_made_is_let_go_of(make_engine, monke
         slabs.append(slab)
         raise RuntimeError("no memory for the buffers")
 
-    monkeypatch.setattr("lmcache.adapters.vllm.grants.copier_for", fails)
+    monkeypatch.setattr("lmcache.core.grants.copier_for", fails)
     engine = make_engine()
     wait_until(lambda: lines.about("cannot use the slab"))
     engine.generate("cold", range(50))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lmcache.core.grants import Progress
 from lmcache.core.mover import Move
 
 
@@ -106,7 +107,7 @@ def test_however_a_step_ends_no_page_is_being_filled_any_more(loads, mover, lost
 
 
 def test_a_load_outside_the_batch_comes_after_what_was_queued_when_it_was_asked_for(mover):
-    from lmcache.adapters.vllm.outside import OutsideLoads, Progress
+    from lmcache.adapters.vllm.outside import OutsideLoads
     from lmcache.adapters.vllm.step import Copy, Step
 
     seen, answered = [], threading.Event()
@@ -137,7 +138,7 @@ def test_an_engine_with_nothing_else_to_do_waits_for_a_load_under_way(mover, mon
     outside = module.OutsideLoads()
     assert outside.take_received(is_idle=True) == set(), "there is nothing to wait for"
     copy = Copy("r", [Move(0, 1, 2, 0, [4, 5])], 8, 8, 8)
-    progress = module.Progress(lambda number: None)
+    progress = Progress(lambda number: None)
     progress.begin(7, 1)
     outside.submit(Step(number=7, loads=[copy]), mover, progress)
     assert outside.take_received(is_idle=True) == set(), "it does not wait for long"

@@ -135,7 +135,7 @@ def test_what_one_step_has_stored_is_not_said_of_the_next(stores, mover):
 @pytest.mark.parametrize("too_often", [False, True])
 def test_however_often_we_failed_the_pages_are_waited_for(stores, mover, begun, too_often):
     from lmcache.adapters.vllm.hooks import Hooks
-    from lmcache.adapters.vllm.wall import TOLERATED
+    from lmcache.core.wall import TOLERATED
 
     def fail(at_hand):
         stores.begin(at_hand)

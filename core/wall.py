@@ -33,7 +33,7 @@ class Wall:
 def guarded(
     neutral: Callable[[], Answer],
 ) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
-    """Log what goes wrong in a hook and answer `neutral()`: vLLM would end its engine otherwise."""
+    """Log what goes wrong in a hook and answer `neutral()`: the engine would end otherwise."""
 
     def wrap(hook: Callable[..., Answer]) -> Callable[..., Answer]:
         @functools.wraps(hook)
