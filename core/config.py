@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from lmcache.core.redact import redact_value
 from lmcache.core.upstream_names import is_ignored_key, is_upstream_variable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from pydantic_core import ErrorDetails
 
@@ -57,6 +57,8 @@ class LoadedConfig:
     """Source of each key, e.g. `default` or `/etc/lmcache.yaml:3`."""
     ignored: tuple[str, ...] = ()
     """Keys that upstream knows and that mean nothing here, each with its source."""
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the keys that are whoever's that asked."""
 
     def settings(self) -> list[Setting]:
         """Every key in the order of the documentation."""
@@ -80,19 +82,24 @@ def load_config(
     env: Mapping[str, str] = os.environ,
     *,
     file: str | None = None,
+    others: Collection[str] = (),
 ) -> LoadedConfig:
     """The effective configuration.
 
     `extra` is the engine's own: vLLM's `kv_connector_extra_config`, where our keys begin with
     `lmcache.` and all others are the engine's. `file` replaces the one `LMCACHE_CONFIG_FILE` names.
+    `others` are keys beside ours that mean something to who asks.
     """
     chosen: dict[str, _Entry] = {}
+    found: dict[str, Any] = {}
     ignored: list[str] = []
     unknown: list[str] = []
     path = file or env.get("LMCACHE_CONFIG_FILE")
     for entry in [*_read_file(path), *_read_environment(env), *_read_extra(extra or {})]:
         if entry.key in Config.model_fields:
             chosen[entry.key] = entry
+        elif entry.key in others:
+            found[entry.key] = entry.value
         elif is_ignored_key(entry.key):
             ignored.append(f"{entry.key} ({entry.source})")
         else:
@@ -106,7 +113,7 @@ def load_config(
     sources = {
         key: chosen[key].source if key in chosen else "default" for key in Config.model_fields
     }
-    return LoadedConfig(config, sources, tuple(ignored))
+    return LoadedConfig(config, sources, tuple(ignored), found)
 
 
 def _read_file(path: str | None) -> Iterator[_Entry]:

@@ -54,6 +54,7 @@ BUILTINS = (
     "lmcache.backends.zstd_codec",
     "lmcache.backends.lz4_codec",
     "lmcache.backends.fp8_codec",
+    "lmcache.adapters.sglang",
     "lmcache.adapters.vllm",
     "lmcache.cli.commands",
 )

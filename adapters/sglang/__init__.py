@@ -1,1 +1,34 @@
-"""SGLang: planned."""
+"""SGLang's `--enable-lmcache`, spoken to the core.
+
+SGLang has a radix tree of its own and asks what lies beyond it, in the process of every rank. Each
+rank is an engine of one mover, with its share of the heads, and they agree on the least that any of
+them has found.
+
+`connector` is what SGLang calls in-process, `mp_connector` what it calls with a server. Both pass
+to `scheduler`, which asks the cache, and to `worker`, which copies; `translate` turns SGLang's
+objects into ours.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lmcache.plugins import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lmcache.plugins.hookspecs import AdapterSpec
+
+
+@hookimpl
+def lmcache_adapters() -> Iterable[AdapterSpec]:
+    """The connectors."""
+    from lmcache.plugins.hookspecs import AdapterSpec
+
+    yield AdapterSpec(
+        engine="sglang",
+        entry="lmcache.integration.sglang.sglang_adapter:LMCacheLayerwiseConnector",
+        versions=">=0.5.2,<0.5.21",
+        summary="--enable-lmcache: in-process layer by layer, or with a server",
+    )

@@ -1,0 +1,129 @@
+"""What one rank asks of the cache. Runs on the thread of SGLang's scheduler."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lmcache.adapters.sglang.translate import tokens_of
+from lmcache.core.chain import KeyChain
+from lmcache.core.engine import moves_for
+from lmcache.core.keys import Identity, root_key
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lmcache.core.client import CacheClient
+    from lmcache.core.decider import Hit
+    from lmcache.core.joining import Joining
+    from lmcache.core.keys import Namespace
+    from lmcache.core.mover import Move
+
+ASK_AGAIN_S = 0.001
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is leased for a prompt, from its first token on."""
+
+    cache: CacheClient
+    owner: str
+    hit: Hit
+    tokens: int
+    """Whole chunks."""
+
+
+class Copies(NamedTuple):
+    """A step that the worker is to make."""
+
+    attachment: int
+    step: int
+    moves: list[Move]
+
+
+class Scheduler:
+    """Looks up and plans. Only whole chunks: SGLang frees slots in whole pages of its own."""
+
+    def __init__(
+        self, namespace: Namespace, joining: Joining[Any], chunk_size: int, patience_s: float
+    ) -> None:
+        """A lookup waits up to `patience_s` for slower tiers."""
+        self._namespace = namespace
+        self._joining = joining
+        self._patience_s = patience_s
+        attached: CacheClient | None = joining.current()
+        self.chunk_tokens = attached.geometry.chunk_tokens if attached else chunk_size
+
+    def find(self, owner: str, token_ids: Sequence[int]) -> Found | None:
+        """Lease the longest stored prefix; None if there is none, or no cache."""
+        cache: CacheClient | None = self._joining.current()
+        stop = self._whole(len(token_ids))
+        if cache is None or not stop:
+            return None
+        hit = self._wait(cache, owner, self._chain(cache, token_ids[:stop]))
+        tokens = self._whole(hit.tokens) if hit else 0
+        if hit is None or not tokens:
+            cache.release(owner, hit)
+            return None
+        return Found(cache, owner, hit, tokens)
+
+    def release(self, found: Found) -> None:
+        """It will not be loaded."""
+        found.cache.release(found.owner, found.hit)
+
+    def load(self, found: Found, slots: Sequence[int], first: int) -> Copies | None:
+        """Have tokens from `first` on loaded into their `slots`; None if the lease has ended."""
+        if found.cache is not self._joining.current() or not found.cache.keeps(
+            found.hit, promised=True
+        ):
+            self.release(found)
+            return None
+        moves = moves_for(found.hit.slots, found.cache.geometry, slots, first, found.tokens)
+        step = found.cache.depart([], [found.hit])
+        found.cache.release(found.owner, None)
+        return Copies(found.cache.number, step, moves)
+
+    def store(self, token_ids: Sequence[int], slots: Sequence[int]) -> Copies | None:
+        """Have what is not stored yet of these tokens stored; None if that is nothing.
+
+        The last token may still be computed, so no chunk that ends with it is complete.
+        """
+        cache: CacheClient | None = self._joining.current()
+        stop = self._whole(len(token_ids) - 1)
+        if cache is None or stop <= 0:
+            return None
+        chain = self._chain(cache, token_ids[:stop])
+        reserved, _ = cache.reserve(chain, 0, stop, tail=False)
+        step = cache.depart(reserved, [])
+        if not step:
+            return None
+        moves = moves_for(reserved, cache.geometry, slots, 0, stop)
+        return Copies(cache.number, step, moves)
+
+    def close(self) -> None:
+        """Detach."""
+        self._joining.close()
+
+    # ----
+
+    def _whole(self, tokens: int) -> int:
+        return tokens // self.chunk_tokens * self.chunk_tokens
+
+    def _chain(self, cache: CacheClient, token_ids: Sequence[int]) -> KeyChain:
+        geometry = cache.geometry
+        namespace = replace(self._namespace, layout=geometry.layout.hex())
+        return KeyChain(
+            root_key(namespace, Identity()),
+            tokens_of(token_ids),
+            page_tokens=geometry.page_tokens,
+            pages_per_chunk=geometry.pages_per_chunk,
+        )
+
+    def _wait(self, cache: CacheClient, owner: str, chain: KeyChain) -> Hit | None:
+        deadline = time.monotonic() + self._patience_s
+        while (hit := cache.lookup(owner, chain, len(chain.tokens))) is None:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(ASK_AGAIN_S)
+        return hit

@@ -1,0 +1,120 @@
+"""SGLang's objects in, ours out. Pure functions; no state, no copies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from typing import TYPE_CHECKING, Any
+
+from lmcache.core.errors import ConfigError, LayoutError
+from lmcache.core.keys import Namespace
+from lmcache.core.layout import PageLayout, region_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from lmcache.core.config import Config
+
+_NHD = 3
+"""Axes of a pool whose slots are tokens: slot, head, element."""
+
+
+def pools_of(k_pool: Sequence[torch.Tensor], v_pool: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors in the order of their regions: keys and values of each layer in turn."""
+    if len(k_pool) != len(v_pool) or not k_pool:
+        raise LayoutError(f"{len(k_pool)} layers of keys and {len(v_pool)} of values")
+    return [tensor for pair in zip(k_pool, v_pool, strict=True) for tensor in pair]
+
+
+def layout_of(pools: Sequence[torch.Tensor]) -> PageLayout:
+    """The layout of pools whose pages are single tokens, whatever SGLang's page size.
+
+    Raises `LayoutError` for a pool that is not one row of heads for each token.
+    """
+    regions = []
+    for number, pool in enumerate(pools):
+        name = f"layer {number // 2} {'values' if number % 2 else 'keys'}"
+        if pool.dim() != _NHD or not pool.is_contiguous():
+            raise LayoutError(
+                f"{name}: shape {tuple(pool.shape)}, strides {pool.stride()}; only pools of "
+                "[slots, heads, head_dim] without gaps are known (--kv-cache-layout nhd)"
+            )
+        region = region_of(
+            name,
+            pool.data_ptr(),
+            pool.shape,
+            pool.stride(),
+            itemsize=pool.element_size(),
+            dtype=str(pool.dtype),
+            page_axis=0,
+        )
+        regions.append(region)
+    return PageLayout(tuple(regions), 1, "SGLang/NHD")
+
+
+def namespace_of(
+    sgl_config: Any, config: Config, pools: Sequence[torch.Tensor], rank: int, tp_size: int
+) -> Namespace:
+    """What makes this rank's KV bytes its own, but for the layout."""
+    hf_config = getattr(sgl_config, "hf_config", None)
+    traits = {
+        "revision": getattr(sgl_config, "revision", None),
+        "dtype": str(getattr(sgl_config, "dtype", None)),
+        "quantization": str(getattr(sgl_config, "quantization", None)),
+        "hf": hf_config.to_dict() if hf_config is not None else None,
+    }
+    digest = hashlib.sha256(json.dumps(traits, sort_keys=True, default=str).encode()).hexdigest()
+    server_args = server_args_of()
+    return Namespace(
+        model=f"{config.model_id or sgl_config.model_path}@{digest[:32]}",
+        generation=config.weight_generation,
+        dtype=f"{getattr(server_args, 'kv_cache_dtype', 'auto')}:{pools[0].dtype}",
+        layout="",
+        parallel=f"tp{rank}of{tp_size}",
+    )
+
+
+def server_args_of() -> Any:
+    """How SGLang was started; None if this is not its server."""
+    try:
+        from sglang.srt.server_args import get_global_server_args
+
+        return get_global_server_args()
+    except (ImportError, ValueError):  # the latter where none have been set
+        return None
+
+
+def check_server(server_args: Any) -> None:
+    """Raise `ConfigError` for ways to serve in which SGLang does not say what tells KV apart.
+
+    It calls without the adapter of a request, and without the rank in its pipeline.
+    """
+    refused = {
+        "--pp-size": getattr(server_args, "pp_size", 1) > 1,
+        "--enable-dp-attention": bool(getattr(server_args, "enable_dp_attention", False)),
+        "--enable-lora": bool(
+            getattr(server_args, "enable_lora", None) or getattr(server_args, "lora_paths", None)
+        ),
+    }
+    for option, is_used in refused.items():
+        if is_used:
+            raise ConfigError(f"this SGLang cannot use LMCache together with {option}")
+
+
+def tokens_of(token_ids: Sequence[int]) -> array[int]:
+    """A copy of what may be a list, or an array that grows on."""
+    return array("I", token_ids)
+
+
+def slots_of(indices: torch.Tensor) -> list[int]:
+    """The pool's slots of a request's tokens, on the host."""
+    slots: list[int] = indices.tolist()
+    return slots
+
+
+def absent_in(slots: Sequence[int]) -> int:
+    """How many of the first tokens SGLang has itself: it gives no slot to load them into."""
+    return next((n for n, slot in enumerate(slots) if slot >= 0), len(slots))

@@ -1,0 +1,114 @@
+"""Where one rank's pages are: copies as the scheduler says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lmcache.adapters.sglang.translate import layout_of, pools_of
+from lmcache.core.grants import Grants
+from lmcache.core.selfcheck import check_layout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from lmcache.adapters.sglang.scheduler import Copies
+    from lmcache.core.grants import Granted
+
+PER_LAYER = 2
+"""Regions: keys and values."""
+
+
+class Loading:
+    """A load, layer after layer; its step ends when `end` is called."""
+
+    def __init__(self, granted: Granted, copies: Copies, layers: int) -> None:
+        self._granted = granted
+        self._copies = copies
+        self._layers = layers
+        self.next = 0
+        """The layer that comes next."""
+        granted.progress.begin(copies.step, 1)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all layers are there."""
+        return self.next == self._layers
+
+    def layer(self) -> bool:
+        """Load the next layer; whether it is what was promised."""
+        mover, first = self._granted.mover, self.next * PER_LAYER
+        mark = mover.mark()
+        self.next += 1
+        return not any(
+            mover.load(self._copies.moves, region, mark)[1]
+            for region in range(first, first + PER_LAYER)
+        )
+
+    def whole(self) -> bool:
+        """Load all layers; whether they are what was promised."""
+        mover = self._granted.mover
+        self.next = self._layers
+        return not mover.load(self._copies.moves, None, mover.mark())[1]
+
+    def cut(self, tokens: int) -> None:
+        """Go on with the first so many tokens, whole moves of them."""
+        kept = []
+        for move in self._copies.moves:
+            if tokens <= 0:
+                break
+            kept.append(move)
+            tokens -= len(move.pages)
+        self._copies = self._copies._replace(moves=kept)
+
+    def end(self) -> None:
+        """No copy will be made any more."""
+        self._granted.progress.end(self._copies.step)
+
+
+class Worker:
+    """The pools of one rank, as the only mover of an engine."""
+
+    def __init__(
+        self,
+        engine_id: str,
+        k_pool: Sequence[torch.Tensor],
+        v_pool: Sequence[torch.Tensor],
+        *,
+        lends: bool = False,
+        deadline_s: float = 1.0,
+    ) -> None:
+        """Begins to wait for a scheduling side. Raises `LMCacheError` for unknown pools."""
+        self._layers = len(k_pool)
+        self.pools = pools_of(k_pool, v_pool)
+        self._grants = Grants(lends=lends, deadline_s=deadline_s)
+        self._grants.lend(self.pools)
+        layout = layout_of(self.pools)
+        check_layout(layout, self.pools, [0] * len(self.pools))
+        self._grants.open(engine_id, 0, layout, self.pools)
+
+    def loading(self, copies: Copies) -> Loading | None:
+        """A load that can begin; None if what it is to be loaded from is gone."""
+        self._grants.take_back()
+        granted = self._grants.current(copies.attachment)
+        return Loading(granted, copies, self._layers) if granted else None
+
+    def store(self, copies: Copies) -> None:
+        """Store all layers, and say so."""
+        self._grants.take_back()
+        granted = self._grants.current(copies.attachment)
+        if granted is None:
+            return
+        mover = granted.mover
+        granted.progress.begin(copies.step, 1)
+        try:
+            mover.store(copies.moves, None, mover.mark())
+            mover.publish(copies.moves)
+        finally:
+            granted.progress.end(copies.step)
+
+    def close(self) -> None:
+        """Stop listening, and unmap the slab."""
+        self._grants.leave()
+        self._grants.close()

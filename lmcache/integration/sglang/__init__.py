@@ -1,0 +1,1 @@
+"""Module paths that SGLang imports; the code is elsewhere."""
