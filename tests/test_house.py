@@ -33,7 +33,7 @@ PRINTS = {
     "plugins/manager.py": "a trace of the hooks was asked for, and has nowhere else to go",
 }
 CATCHES_ALL = {
-    "adapters/sglang/connector.py": "likewise: ranks that do not agree would wait for ever",
+    "adapters/sglang/connector.py": "the wall, where ranks that do not agree would wait for ever",
     "adapters/sglang/mp_connector.py": "likewise",
     "adapters/vllm/connector.py": "the wall between us and the engine",
     "adapters/vllm/hooks.py": "likewise",
