@@ -40,6 +40,8 @@ class Copies(NamedTuple):
     attachment: int
     step: int
     moves: list[Move]
+    total: int
+    """Tokens of the request."""
 
 
 class Scheduler:
@@ -82,7 +84,7 @@ class Scheduler:
         moves = moves_for(found.hit.slots, found.cache.geometry, slots, first, found.tokens)
         step = found.cache.depart([], [found.hit])
         found.cache.release(found.owner, None)
-        return Copies(found.cache.number, step, moves)
+        return Copies(found.cache.number, step, moves, len(slots))
 
     def store(self, token_ids: Sequence[int], slots: Sequence[int]) -> Copies | None:
         """Have what is not stored yet of these tokens stored; None if that is nothing.
@@ -99,7 +101,7 @@ class Scheduler:
         if not step:
             return None
         moves = moves_for(reserved, cache.geometry, slots, 0, stop)
-        return Copies(cache.number, step, moves)
+        return Copies(cache.number, step, moves, len(token_ids))
 
     def close(self) -> None:
         """Detach."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from lmcache.adapters.sglang.translate import layout_of, pools_of
 from lmcache.core.grants import Grants
+from lmcache.core.log import init_logger
 from lmcache.core.selfcheck import check_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
 
     from lmcache.adapters.sglang.scheduler import Copies
     from lmcache.core.grants import Granted
+
+logger = init_logger(__name__)
 
 PER_LAYER = 2
 """Regions: keys and values."""
@@ -29,6 +33,9 @@ class Loading:
         self._layers = layers
         self.next = 0
         """The layer that comes next."""
+        self._bytes = 0
+        self._seconds = 0.0
+        self._is_good = True
         granted.progress.begin(copies.step, 1)
 
     @property
@@ -38,19 +45,14 @@ class Loading:
 
     def layer(self) -> bool:
         """Load the next layer; whether it is what was promised."""
-        mover, first = self._granted.mover, self.next * PER_LAYER
-        mark = mover.mark()
+        first = self.next * PER_LAYER
         self.next += 1
-        return not any(
-            mover.load(self._copies.moves, region, mark)[1]
-            for region in range(first, first + PER_LAYER)
-        )
+        return self._load(range(first, first + PER_LAYER))
 
     def whole(self) -> bool:
         """Load all layers; whether they are what was promised."""
-        mover = self._granted.mover
         self.next = self._layers
-        return not mover.load(self._copies.moves, None, mover.mark())[1]
+        return self._load([None])
 
     def cut(self, tokens: int) -> None:
         """Go on with the first so many tokens, whole moves of them."""
@@ -65,6 +67,18 @@ class Loading:
     def end(self) -> None:
         """No copy will be made any more."""
         self._granted.progress.end(self._copies.step)
+        if self.is_over and self._is_good:
+            _log("Retrieved", self._copies, self._bytes, self._seconds)
+
+    def _load(self, regions: Iterable[int | None]) -> bool:
+        mover, started = self._granted.mover, time.perf_counter()
+        mark = mover.mark()
+        for region in regions:
+            size, failed = mover.load(self._copies.moves, region, mark)
+            self._bytes += size
+            self._is_good &= not failed
+        self._seconds += time.perf_counter() - started
+        return self._is_good
 
 
 class Worker:
@@ -100,15 +114,28 @@ class Worker:
         granted = self._grants.current(copies.attachment)
         if granted is None:
             return
-        mover = granted.mover
+        mover, started = granted.mover, time.perf_counter()
         granted.progress.begin(copies.step, 1)
         try:
-            mover.store(copies.moves, None, mover.mark())
+            size = mover.store(copies.moves, None, mover.mark())
             mover.publish(copies.moves)
         finally:
             granted.progress.end(copies.step)
+        _log("Stored", copies, size, time.perf_counter() - started)
 
     def close(self) -> None:
         """Stop listening, and unmap the slab."""
         self._grants.leave()
         self._grants.close()
+
+
+def _log(what: str, copies: Copies, size: int, seconds: float) -> None:
+    logger.info(
+        "%s %d out of total %d tokens. size: %.4f GB, cost %.4f ms, throughput: %.4f GB/s",
+        what,
+        sum(len(move.pages) for move in copies.moves),
+        copies.total,
+        size / 1e9,
+        seconds * 1e3,
+        size / 1e9 / seconds if seconds else 0.0,
+    )
