@@ -113,6 +113,7 @@ class TestSharing:
         pools, prompt = [Pool(seed=1), Pool(seed=2)], tokens(100)
         one, two = (join(pool, extra_config=extra) for pool in pools)
         store(one, pools[0], prompt)
+        house.wait_idle()
         own = pools[1].take(have)
         pools[1].compute(prompt, own)
         slots = admit(two, pools[1], prompt[:99], own)
@@ -125,6 +126,7 @@ class TestSharing:
         pool, prompt = Pool(), tokens(50)
         connector = join(pool, extra_config=f'{{"lmcache.mp.mp_transfer_mode": "{mode}"}}')
         store(connector, pool, prompt)
+        house.wait_idle()
         monkeypatch.setattr(Loading, "whole", lambda self: False)
         assert admit(connector, pool, prompt) == []
         connector.end_session("r")
