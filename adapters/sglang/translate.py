@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache.core.errors import ConfigError, LayoutError
 from lmcache.core.keys import Namespace
 from lmcache.core.layout import PageLayout, region_of
+from lmcache.core.log import init_logger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from lmcache.core.config import Config
+
+logger = init_logger(__name__)
 
 _NHD = 3
 """Axes of a pool whose slots are tokens: slot, head, element."""
@@ -80,10 +83,16 @@ def namespace_of(
 def server_args_of() -> Any:
     """How SGLang was started; None if this is not its server."""
     try:
-        from sglang.srt.server_args import get_global_server_args
-
-        return get_global_server_args()
-    except (ImportError, ValueError):  # the latter where none have been set
+        from sglang.srt.runtime_context import get_server_args
+    except ImportError:  # before 0.5.20
+        try:
+            from sglang.srt.server_args import get_global_server_args as get_server_args
+        except ImportError:
+            return None
+    try:
+        return get_server_args()
+    except (AttributeError, RuntimeError, ValueError) as error:  # none have been set
+        logger.warning("cannot see how SGLang was started: %s", error)
         return None
 
 
