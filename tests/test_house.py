@@ -35,6 +35,7 @@ PRINTS = {
 CATCHES_ALL = {
     "adapters/sglang/connector.py": "the wall, where ranks that do not agree would wait for ever",
     "adapters/sglang/mp_connector.py": "likewise",
+    "adapters/sglang/unified.py": "likewise",
     "adapters/vllm/connector.py": "the wall between us and the engine",
     "adapters/vllm/hooks.py": "likewise",
     "adapters/vllm/mp_connector.py": "likewise",

@@ -4,7 +4,8 @@ SGLang has a radix tree of its own and asks what lies beyond it, in the process 
 rank is an engine of one mover, with its share of the heads, and they agree on the least that any of
 them has found.
 
-`connector` is what SGLang calls in-process, `mp_connector` what it calls with a server. Both pass
+`connector` is what SGLang calls in-process, `mp_connector` what it calls with a server, and `unified`
+what it calls from 0.5.21 on. All pass, through what is `joined`,
 to `scheduler`, which asks the cache, and to `worker`, which copies; `translate` turns SGLang's
 objects into ours.
 """
@@ -29,6 +30,6 @@ def lmcache_adapters() -> Iterable[AdapterSpec]:
     yield AdapterSpec(
         engine="sglang",
         entry="lmcache.integration.sglang.sglang_adapter:LMCacheLayerwiseConnector",
-        versions=">=0.5.2,<0.5.21",
+        versions=">=0.5.2,<0.5.24",
         summary="--enable-lmcache: in-process layer by layer, or with a server",
     )

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import uuid
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from lmcache.adapters.sglang.joined import Joined
 from lmcache.adapters.sglang.ranks import Ranks
-from lmcache.adapters.sglang.scheduler import Scheduler
 from lmcache.adapters.sglang.settings import load_settings
 from lmcache.adapters.sglang.translate import (
     absent_in,
     check_server,
-    namespace_of,
     server_args_of,
     slots_of,
 )
-from lmcache.adapters.sglang.worker import Worker
 from lmcache.core.assembly import GIB, assemble
 from lmcache.core.attachment import Attachment
-from lmcache.core.joining import Joining
 from lmcache.core.log import init_logger
 from lmcache.core.wall import TOLERATED, Wall, guarded, nothing
 from lmcache.plugins.manager import PluginManager
@@ -52,20 +47,16 @@ class LMCacheLayerwiseConnector(Wall):
     ) -> None:
         """Raises `LMCacheError` for what cannot be cached, or cannot be configured so."""
         check_server(server_args_of())
-        config = load_settings(config_file).config
-        engine_id = f"sglang-{uuid.uuid4().hex}-{rank}"
+        settings = load_settings(config_file)
+        config = settings.config
         self._ranks = Ranks(tp_size, tp_group, k_pool[0].device)
         self._layerwise = config.use_layerwise
-        self._worker = Worker(engine_id, k_pool, v_pool)
-        with ExitStack() as undo:
-            undo.callback(self._worker.close)
-            self._joining = Joining(lambda: _attach(engine_id, config, tp_size))
-            undo.pop_all()
-        self._scheduler = Scheduler(
-            namespace_of(sgl_config, config, self._worker.pools, rank, tp_size),
-            self._joining,
-            config.chunk_size,
-            config.fetch_timeout_ms / 1e3,
+        self._cache = Joined(
+            sgl_config,
+            settings,
+            (k_pool, v_pool),
+            parallel=f"tp{rank}of{tp_size}",
+            attach=lambda engine_id: _attach(engine_id, config, tp_size),
         )
         self._owners = itertools.count(1)
         self._loads: list[Loading] = []
@@ -73,7 +64,7 @@ class LMCacheLayerwiseConnector(Wall):
 
     def chunk_size(self) -> int:
         """Tokens of a chunk."""
-        return self._scheduler.chunk_tokens
+        return self._cache.scheduler.chunk_tokens
 
     def start_load_kv(self, load_metadata: LoadMetadata) -> int:
         """Load what SGLang lacks of a prompt, its first layer at once.
@@ -112,15 +103,15 @@ class LMCacheLayerwiseConnector(Wall):
 
     @guarded(nothing)
     def store_kv(self, store_metadata: StoreMetadata) -> None:
-        """Store what is not stored yet of a request that has ended."""
-        slots = slots_of(store_metadata.kv_indices)
-        copies = self._scheduler.store(store_metadata.token_ids, slots)
-        if copies:
-            self._worker.store(copies)
+        """Store what is not stored yet of a request that has ended.
+
+        Its last token may still be computed, so no chunk that ends with it is complete.
+        """
+        self._cache.store(store_metadata.token_ids[:-1], slots_of(store_metadata.kv_indices))
 
     def reset(self) -> None:
         """Drop all that nobody is loading."""
-        attachment = self._joining.current()
+        attachment = self._cache.joining.current()
         if attachment:
             attachment.flights.settle()
             attachment.decider.clear()
@@ -130,8 +121,7 @@ class LMCacheLayerwiseConnector(Wall):
         for loading in self._loads:
             loading.end()
         self._loads.clear()
-        self._scheduler.close()
-        self._worker.close()
+        self._cache.close()
 
     # ----
 
@@ -140,14 +130,14 @@ class LMCacheLayerwiseConnector(Wall):
     ) -> tuple[Loading | None, int]:
         """A load whose first layer is there, or all of it, and up to which token it goes."""
         owner = str(next(self._owners))
-        found = self._scheduler.find(owner, load_metadata.token_ids)
+        scheduler = self._cache.scheduler
+        found = scheduler.find(owner, load_metadata.token_ids)
         if found is None:
             return None, 0
         if found.tokens <= absent:
-            self._scheduler.release(found)
+            scheduler.release(found)
             return None, 0
-        copies = self._scheduler.load(found, slots, absent)
-        loading = self._worker.loading(copies) if copies else None
+        loading = self._cache.begin(found, slots, absent)
         if loading is None:
             return None, 0
         try:

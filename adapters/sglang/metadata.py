@@ -38,3 +38,36 @@ class StoreMetadata:
     """Where in the pool they lie; SGLang's own memory, used again soon."""
     offset: int
     request_id: str = ""
+
+
+@dataclass
+class LMCacheExternalFlow:
+    """A request between its lookup and the end of its load, from 0.5.21 on. SGLang's own record."""
+
+    key: Any
+    lookup: Any
+    total_hit: int | None = None
+    local_hit_tokens: int | None = None
+    load: Any = None
+    anchor_node: Any = None
+    anchor_lock: Any = None
+    mamba_value: Any = None
+    request_mamba_value: Any = None
+    allocated_request_mamba_for_load: bool = False
+    load_req: Any = None
+    free_mamba_after_load: bool = False
+    loaded_skip_tokens: int = 0
+    released_skip_tokens: int = 0
+    prefix_published: bool = False
+    load_completed: bool = False
+    retire_requested: bool = False
+    cancelled: bool = False
+
+
+@dataclass
+class LMCachePendingStore:
+    """A store whose slots SGLang keeps locked, from 0.5.21 on. SGLang's own record."""
+
+    operation: Any
+    node_id: Any
+    lock_params: Any

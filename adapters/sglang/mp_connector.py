@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import time
-import uuid
-from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import lmcache
+from lmcache.adapters.sglang.joined import Joined
 from lmcache.adapters.sglang.ranks import Ranks
-from lmcache.adapters.sglang.scheduler import Scheduler
-from lmcache.adapters.sglang.settings import endpoint_of, load_settings
+from lmcache.adapters.sglang.settings import load_settings
 from lmcache.adapters.sglang.translate import (
     absent_in,
     check_server,
-    namespace_of,
     server_args_of,
     slots_of,
 )
-from lmcache.adapters.sglang.worker import Worker
-from lmcache.core.environment import environment_text
 from lmcache.core.errors import ConfigError
-from lmcache.core.joining import Joining
-from lmcache.core.log import init_logger
-from lmcache.core.service import wire
-from lmcache.core.service.client import ServiceClient
 from lmcache.core.wall import TOLERATED, Wall, guarded, nothing
 
 if TYPE_CHECKING:
@@ -35,9 +25,6 @@ if TYPE_CHECKING:
 
     from lmcache.adapters.sglang.metadata import LoadMetadata, StoreMetadata
     from lmcache.adapters.sglang.scheduler import Found
-    from lmcache.adapters.sglang.settings import Settings
-
-logger = init_logger(__name__)
 
 
 class LMCacheMPConnector(Wall):
@@ -60,32 +47,11 @@ class LMCacheMPConnector(Wall):
         """Raises `LMCacheError` for what cannot be cached, or cannot be configured so."""
         server_args = server_args_of()
         check_server(server_args)
-        settings = load_settings(config_file or getattr(server_args, "lmcache_config_file", None))
-        engine_id = f"sglang-{uuid.uuid4().hex}-{rank}"
+        file = config_file or getattr(server_args, "lmcache_config_file", None)
+        settings = replace(load_settings(file), mp_host=host, mp_port=port)
         self._ranks = Ranks(tp_size, tp_group, k_pool[0].device)
-        self._worker = Worker(
-            engine_id,
-            k_pool,
-            v_pool,
-            lends=settings.mp_transfer_mode == "lmcache_driven",
-            deadline_s=settings.mq_timeout,
-        )
-        namespace = namespace_of(sgl_config, settings.config, self._worker.pools, rank, tp_size)
-        endpoint = endpoint_of(host, port)
-        about = _about(engine_id, rank, sgl_config, settings, asdict(namespace))
-        with ExitStack() as undo:
-            undo.callback(self._worker.close)
-            self._joining = Joining(
-                lambda: _open(endpoint, about, settings.mq_timeout),
-                f"the server at {endpoint} is gone",
-                settings.heartbeat_interval,
-            )
-            undo.pop_all()
-        self._scheduler = Scheduler(
-            namespace,
-            self._joining,
-            settings.config.chunk_size,
-            settings.config.fetch_timeout_ms / 1e3,
+        self._cache = Joined(
+            sgl_config, settings, (k_pool, v_pool), parallel=f"tp{rank}of{tp_size}"
         )
         self._found: dict[str, tuple[Found, int, float]] = {}
         """What is leased for a request, up to which token, and since when."""
@@ -99,7 +65,7 @@ class LMCacheMPConnector(Wall):
 
     def chunk_size(self) -> int:
         """Tokens of a chunk, as the server has them."""
-        return self._scheduler.chunk_tokens
+        return self._cache.scheduler.chunk_tokens
 
     def lookup_kv(self, token_ids: Sequence[int], request_id: str) -> int:
         """How many tokens of a prompt every rank can load; they are leased until it is told more.
@@ -110,12 +76,12 @@ class LMCacheMPConnector(Wall):
         found = None
         try:
             if request_id and self.errors < TOLERATED:
-                found = self._scheduler.find(request_id, token_ids)
+                found = self._cache.scheduler.find(request_id, token_ids)
         except Exception:
             self.count_error("lookup_kv")
         tokens = self._ranks.least(found.tokens if found else 0)
         if found and not tokens:
-            self._scheduler.release(found)
+            self._cache.scheduler.release(found)
         elif found:
             self._found[request_id] = found, tokens, time.monotonic()
         return tokens
@@ -126,7 +92,7 @@ class LMCacheMPConnector(Wall):
         too_old = time.monotonic() - self._lease_s
         stale = [name for name, (_, _, since) in self._found.items() if since < too_old]
         for name in {request_id, *stale} & self._found.keys():
-            self._scheduler.release(self._found.pop(name)[0])
+            self._cache.scheduler.release(self._found.pop(name)[0])
 
     def retrieve_kv(self, load_metadata: LoadMetadata) -> int:
         """Load what was found for a request, but for what SGLang has itself.
@@ -144,11 +110,11 @@ class LMCacheMPConnector(Wall):
 
     @guarded(nothing)
     def store_kv(self, store_metadata: StoreMetadata) -> None:
-        """Store what is not stored yet of a request that has ended."""
-        slots = slots_of(store_metadata.kv_indices)
-        copies = self._scheduler.store(store_metadata.token_ids, slots)
-        if copies:
-            self._worker.store(copies)
+        """Store what is not stored yet of a request that has ended.
+
+        Its last token may still be computed, so no chunk that ends with it is complete.
+        """
+        self._cache.store(store_metadata.token_ids[:-1], slots_of(store_metadata.kv_indices))
 
     def end_session(self, request_id: str) -> None:
         """The request has ended, or was never known."""
@@ -162,8 +128,7 @@ class LMCacheMPConnector(Wall):
     def close(self) -> None:
         """Let go of everything; again does nothing."""
         self.reset()
-        self._scheduler.close()
-        self._worker.close()
+        self._cache.close()
 
     # ----
 
@@ -175,44 +140,6 @@ class LMCacheMPConnector(Wall):
         slots = slots_of(load_metadata.slot_mapping)[:tokens]
         absent = absent_in(slots)
         if absent >= tokens or len(slots) < tokens:
-            self._scheduler.release(found)
+            self._cache.scheduler.release(found)
             return 0
-        copies = self._scheduler.load(found, slots, absent)
-        loading = self._worker.loading(copies) if copies else None
-        if loading is None:
-            return 0
-        try:
-            return tokens if loading.whole() else 0
-        finally:
-            loading.end()
-
-
-def _about(
-    engine_id: str, rank: int, sgl_config: Any, settings: Settings, namespace: dict[str, Any]
-) -> wire.Attach:
-    config = settings.config
-    name = config.lmcache_instance_id or f"{sgl_config.model_path}@{engine_id}"
-    return wire.Attach(
-        release=lmcache.__version__,
-        engine=engine_id,
-        name=f"{name}/{rank}",
-        movers=1,
-        chunk_size=config.chunk_size if settings.has_chunk_size else None,
-        mode=settings.mp_transfer_mode,
-        deployment=wire.Deployment(
-            **{key: namespace[key] for key in wire.Deployment.__struct_fields__}
-        ),
-        token=environment_text("LMCACHE_TOKEN"),
-    )
-
-
-def _open(endpoint: str, about: wire.Attach, deadline_s: float) -> ServiceClient:
-    client = ServiceClient.open(endpoint, about, deadline_s)
-    geometry = client.geometry
-    logger.info(
-        "Attached to %s: chunks of %d tokens (%.1f MiB)",
-        endpoint,
-        geometry.chunk_tokens,
-        geometry.slot_bytes(geometry.pages_per_chunk) / (1 << 20),
-    )
-    return client
+        return tokens if self._cache.load(found, slots, absent) else 0

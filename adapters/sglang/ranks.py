@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 class Ranks:
-    """The ranks that hold the heads of one model, all of which are asked the same in one order."""
+    """Ranks that are asked the same in one order, e.g. those that hold the heads of one model."""
 
-    def __init__(self, size: int, group: Any, device: torch.device) -> None:
-        """`group` is torch's, or SGLang's wrapper around it, whose tensors lie on `device`."""
+    def __init__(self, size: int, group: Any, device: torch.device | None = None) -> None:
+        """`group` is torch's, or SGLang's wrapper around it; its tensors lie on `device`."""
         self._size = size
         self._group = getattr(group, "device_group", group)
         self._device = device
@@ -22,8 +22,15 @@ class Ranks:
         if self._size == 1:
             return number
         import torch
-        from torch.distributed import ReduceOp, all_reduce
+        from torch.distributed import ReduceOp
 
         least = torch.tensor([number], dtype=torch.int64, device=self._device)
-        all_reduce(least, ReduceOp.MIN, group=self._group)
+        self.reduce(least, ReduceOp.MIN)
         return int(least.item())
+
+    def reduce(self, tensor: torch.Tensor, op: Any) -> None:
+        """Reduce a tensor over all ranks, in place."""
+        if self._size > 1:
+            from torch.distributed import all_reduce
+
+            all_reduce(tensor, op, group=self._group)

@@ -24,6 +24,17 @@ ASK_AGAIN_S = 0.001
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A prompt that is being looked up."""
+
+    cache: CacheClient
+    owner: str
+    chain: KeyChain
+    deadline: float
+    """When slower tiers have been waited for long enough."""
+
+
+@dataclass(frozen=True)
 class Found:
     """What is leased for a prompt, from its first token on."""
 
@@ -57,18 +68,38 @@ class Scheduler:
         attached: CacheClient | None = joining.current()
         self.chunk_tokens = attached.geometry.chunk_tokens if attached else chunk_size
 
-    def find(self, owner: str, token_ids: Sequence[int]) -> Found | None:
-        """Lease the longest stored prefix; None if there is none, or no cache."""
+    def ask(self, owner: str, token_ids: Sequence[int], salt: str = "") -> Asked | None:
+        """Look the longest stored prefix up; None if there can be none, or is no cache."""
         cache: CacheClient | None = self._joining.current()
-        stop = self._whole(len(token_ids))
+        stop = self.whole(len(token_ids))
         if cache is None or not stop:
             return None
-        hit = self._wait(cache, owner, self._chain(cache, token_ids[:stop]))
-        tokens = self._whole(hit.tokens) if hit else 0
+        deadline = time.monotonic() + self._patience_s
+        return Asked(cache, owner, self._chain(cache, token_ids[:stop], salt), deadline)
+
+    def poll(self, asked: Asked) -> tuple[bool, Found | None]:
+        """Whether that is over, and what is leased then."""
+        hit = asked.cache.lookup(asked.owner, asked.chain, len(asked.chain.tokens))
+        if hit is None and time.monotonic() < asked.deadline:
+            return False, None
+        tokens = self.whole(hit.tokens) if hit else 0
         if hit is None or not tokens:
-            cache.release(owner, hit)
-            return None
-        return Found(cache, owner, hit, tokens)
+            asked.cache.release(asked.owner, hit)
+            return True, None
+        return True, Found(asked.cache, asked.owner, hit, tokens)
+
+    def give_up(self, asked: Asked) -> None:
+        """Nobody wants the answer."""
+        asked.cache.release(asked.owner, None)
+
+    def find(self, owner: str, token_ids: Sequence[int]) -> Found | None:
+        """Lease the longest stored prefix, waiting for slower tiers; None if there is none."""
+        asked = self.ask(owner, token_ids)
+        is_over, found = self.poll(asked) if asked else (True, None)
+        while asked and not is_over:
+            time.sleep(ASK_AGAIN_S)
+            is_over, found = self.poll(asked)
+        return found
 
     def release(self, found: Found) -> None:
         """It will not be loaded."""
@@ -81,27 +112,35 @@ class Scheduler:
         ):
             self.release(found)
             return None
-        moves = moves_for(found.hit.slots, found.cache.geometry, slots, first, found.tokens)
+        stop = min(found.tokens, len(slots))
+        moves = moves_for(found.hit.slots, found.cache.geometry, slots, first, stop)
         step = found.cache.depart([], [found.hit])
         found.cache.release(found.owner, None)
         return Copies(found.cache.number, step, moves, len(slots))
 
-    def store(self, token_ids: Sequence[int], slots: Sequence[int]) -> Copies | None:
+    def store(
+        self, token_ids: Sequence[int], slots: Sequence[int], start: int = 0, salt: str = ""
+    ) -> Copies | None:
         """Have what is not stored yet of these tokens stored; None if that is nothing.
 
-        The last token may still be computed, so no chunk that ends with it is complete.
+        The first `start` need not be, and have no slots.
         """
         cache: CacheClient | None = self._joining.current()
-        stop = self._whole(len(token_ids) - 1)
-        if cache is None or stop <= 0:
+        stop = self.whole(len(token_ids))
+        if cache is None or stop <= start:
             return None
-        chain = self._chain(cache, token_ids[:stop])
-        reserved, _ = cache.reserve(chain, 0, stop, tail=False)
+        reserved, _ = cache.reserve(
+            self._chain(cache, token_ids[:stop], salt), start, stop, tail=False
+        )
         step = cache.depart(reserved, [])
         if not step:
             return None
         moves = moves_for(reserved, cache.geometry, slots, 0, stop)
         return Copies(cache.number, step, moves, len(token_ids))
+
+    def whole(self, tokens: int) -> int:
+        """As many as fill chunks."""
+        return tokens // self.chunk_tokens * self.chunk_tokens
 
     def close(self) -> None:
         """Detach."""
@@ -109,23 +148,12 @@ class Scheduler:
 
     # ----
 
-    def _whole(self, tokens: int) -> int:
-        return tokens // self.chunk_tokens * self.chunk_tokens
-
-    def _chain(self, cache: CacheClient, token_ids: Sequence[int]) -> KeyChain:
+    def _chain(self, cache: CacheClient, token_ids: Sequence[int], salt: str) -> KeyChain:
         geometry = cache.geometry
         namespace = replace(self._namespace, layout=geometry.layout.hex())
         return KeyChain(
-            root_key(namespace, Identity()),
+            root_key(namespace, Identity(salt=salt)),
             tokens_of(token_ids),
             page_tokens=geometry.page_tokens,
             pages_per_chunk=geometry.pages_per_chunk,
         )
-
-    def _wait(self, cache: CacheClient, owner: str, chain: KeyChain) -> Hit | None:
-        deadline = time.monotonic() + self._patience_s
-        while (hit := cache.lookup(owner, chain, len(chain.tokens))) is None:
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(ASK_AGAIN_S)
-        return hit

@@ -37,12 +37,8 @@ class Settings:
     @property
     def endpoint(self) -> str:
         """The server's address."""
-        return endpoint_of(self.mp_host, self.mp_port)
-
-
-def endpoint_of(host: str, port: int) -> str:
-    """The server's address, whether or not the host says that it is one of TCP."""
-    return f"{host}:{port}" if "://" in host else f"tcp://{host}:{port}"
+        host = self.mp_host if "://" in self.mp_host else f"tcp://{self.mp_host}"
+        return f"{host}:{self.mp_port}"
 
 
 def load_settings(path: str | None) -> Settings:

@@ -32,6 +32,28 @@ def pools_of(k_pool: Sequence[torch.Tensor], v_pool: Sequence[torch.Tensor]) -> 
     return [tensor for pair in zip(k_pool, v_pool, strict=True) for tensor in pair]
 
 
+def unified_pools(
+    kvcache: Any, components: Sequence[Any], window: int | None
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """Keys and values of a pool as SGLang has them from 0.5.21 on.
+
+    Raises `LayoutError` for all but full attention over one pool of keys and values.
+    """
+    names = [str(getattr(component, "name", component)) for component in components]
+    if names != ["FULL"] or window is not None:
+        raise LayoutError(
+            f"a radix tree of {' and '.join(names)} (window {window}): only models whose layers "
+            "all look at all tokens are cached"
+        )
+    order = getattr(kvcache, "kv_cache_layout", "nhd")
+    if order != "nhd" or not hasattr(kvcache, "k_buffer") or not hasattr(kvcache, "v_buffer"):
+        raise LayoutError(
+            f"a pool of the kind {type(kvcache).__name__} ({order}): only keys and values in "
+            "pools of their own are cached (--kv-cache-layout nhd, no latent attention)"
+        )
+    return kvcache.k_buffer, kvcache.v_buffer
+
+
 def layout_of(pools: Sequence[torch.Tensor]) -> PageLayout:
     """The layout of pools whose pages are single tokens, whatever SGLang's page size.
 
@@ -59,7 +81,7 @@ def layout_of(pools: Sequence[torch.Tensor]) -> PageLayout:
 
 
 def namespace_of(
-    sgl_config: Any, config: Config, pools: Sequence[torch.Tensor], rank: int, tp_size: int
+    sgl_config: Any, config: Config, pools: Sequence[torch.Tensor], parallel: str
 ) -> Namespace:
     """What makes this rank's KV bytes its own, but for the layout."""
     hf_config = getattr(sgl_config, "hf_config", None)
@@ -76,7 +98,7 @@ def namespace_of(
         generation=config.weight_generation,
         dtype=f"{getattr(server_args, 'kv_cache_dtype', 'auto')}:{pools[0].dtype}",
         layout="",
-        parallel=f"tp{rank}of{tp_size}",
+        parallel=parallel,
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import get_device_module
 
 from lmcache.adapters.sglang.translate import layout_of, pools_of
 from lmcache.core.grants import Grants
@@ -95,6 +97,7 @@ class Worker:
     ) -> None:
         """Begins to wait for a scheduling side. Raises `LMCacheError` for unknown pools."""
         self._layers = len(k_pool)
+        self._device = k_pool[0].device
         self.pools = pools_of(k_pool, v_pool)
         self._grants = Grants(lends=lends, deadline_s=deadline_s)
         self._grants.lend(self.pools)
@@ -108,12 +111,19 @@ class Worker:
         granted = self._grants.current(copies.attachment)
         return Loading(granted, copies, self._layers) if granted else None
 
-    def store(self, copies: Copies) -> None:
-        """Store all layers, and say so."""
+    def follow(self, stream: Any) -> None:
+        """Have the copies that follow wait for what is queued on a stream of a device."""
+        if self._device.type != "cpu" and stream is not None:
+            get_device_module(self._device).current_stream().wait_stream(stream)
+
+    def store(self, copies: Copies) -> bool:
+        """Store all layers, and say so; whether it could be done."""
         self._grants.take_back()
         granted = self._grants.current(copies.attachment)
         if granted is None:
-            return
+            return False
+        if self._device.type != "cpu":  # SGLang does not say on which stream they are computed
+            get_device_module(self._device).synchronize()
         mover, started = granted.mover, time.perf_counter()
         granted.progress.begin(copies.step, 1)
         try:
@@ -122,6 +132,7 @@ class Worker:
         finally:
             granted.progress.end(copies.step)
         _log("Stored", copies, size, time.perf_counter() - started)
+        return True
 
     def close(self) -> None:
         """Stop listening, and unmap the slab."""

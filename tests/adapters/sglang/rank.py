@@ -36,7 +36,7 @@ def main(rank, port, config_file):
         connector.reset()
     look()
     if rank == 0:
-        connector._scheduler.find = None
+        connector._cache.scheduler.find = None
     look()
     dist.barrier()
     connector.close()

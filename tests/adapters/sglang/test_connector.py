@@ -41,11 +41,11 @@ def make(settings, later):
 
 
 def decider(connector):
-    return connector._joining.current().decider
+    return connector._cache.joining.current().decider
 
 
 def assert_idle(connector):
-    connector._joining.current().flights.settle()
+    connector._cache.joining.current().flights.settle()
     assert not connector._loads
     rig.assert_idle(decider(connector))
 
@@ -188,7 +188,7 @@ class TestStoring:
         connector = make(pool)
         store(connector, pool, prompt)
         store(connector, pool, prompt + tokens(50, 3))
-        connector._joining.current().flights.settle()
+        connector._cache.joining.current().flights.settle()
         assert len(decider(connector)) == 9
 
     def test_reset_drops_everything(self, make):
@@ -205,7 +205,7 @@ class TestTroubles:
         connector = make(pool)
         store(connector, pool, prompt)
         connector._ranks.least = lambda number: asked.append(number) or number
-        connector._scheduler.find = None
+        connector._cache.scheduler.find = None
         for _ in range(5):
             assert match(connector, pool, prompt) == []
         assert asked == [0] * 5
@@ -245,7 +245,7 @@ class TestTroubles:
     def test_an_error_in_a_store(self, make, errors):
         pool, prompt = Pool(), tokens(40)
         connector = make(pool)
-        connector._worker.store = None
+        connector._cache.worker.store = None
         store(connector, pool, prompt)
         assert len(errors) == 1
 
@@ -357,9 +357,9 @@ class TestKeys:
             def to_dict(self):
                 return vars(self)
 
-        def key(rank=0, size=1, pools=pools, config=config, **said):
+        def key(parallel="tp0of1", pools=pools, config=config, **said):
             about = {"model_path": "m", "hf_config": Hf(rope_theta=1), "dtype": "x", **said}
-            return translate.namespace_of(SimpleNamespace(**about), config, pools, rank, size)
+            return translate.namespace_of(SimpleNamespace(**about), config, pools, parallel)
 
         others = [
             key(model_path="n"),
@@ -367,8 +367,7 @@ class TestKeys:
             key(dtype="y"),
             key(revision="r"),
             key(quantization="q"),
-            key(rank=1, size=2),
-            key(size=2),
+            key(parallel="tp1of2"),
             key(pools=[pools[0].half()]),
             key(config=config.model_copy(update={"weight_generation": "2"})),
             key(config=config.model_copy(update={"model_id": "z"})),

@@ -179,7 +179,7 @@ class TestRequests:
         pool, prompt = Pool(), tokens(50)
         connector = join(pool)
         store(connector, pool, prompt)
-        client = connector._joining.current()
+        client = connector._cache.joining.current()
         monkeypatch.setattr(client, "keeps", lambda hit, promised: False)
         assert admit(connector, pool, prompt) == []
         connector.end_session("r")
@@ -233,7 +233,7 @@ class TestServers:
         pool, asked = Pool(), []
         connector = join(pool)
         connector._ranks.least = lambda number: asked.append(number) or number
-        connector._scheduler.find = None
+        connector._cache.scheduler.find = None
         assert connector.lookup_kv(tokens(50), "r") == 0
         assert asked == [0]
         assert len(errors) == 1
