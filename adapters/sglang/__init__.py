@@ -4,9 +4,9 @@ SGLang has a radix tree of its own and asks what lies beyond it, in the process 
 rank is an engine of one mover, with its share of the heads, and they agree on the least that any of
 them has found.
 
-`connector` is what SGLang calls in-process, `mp_connector` what it calls with a server, and `unified`
-what it calls from 0.5.21 on. All pass, through what is `joined`,
-to `scheduler`, which asks the cache, and to `worker`, which copies; `translate` turns SGLang's
+`connector` is what SGLang calls in-process, `mp_connector` what it calls with a server, and
+`unified` what it calls from 0.5.21 on, with a server too. All of them are `joined` to a cache, by a
+`scheduler` that asks it and a `worker` that copies; `ranks` agree, and `translate` turns SGLang's
 objects into ours.
 """
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from torch import get_device_module
-
 from lmcache.adapters.sglang.translate import layout_of, pools_of
 from lmcache.core.grants import Grants
 from lmcache.core.log import init_logger
@@ -114,7 +112,7 @@ class Worker:
     def follow(self, stream: Any) -> None:
         """Have the copies that follow wait for what is queued on a stream of a device."""
         if self._device.type != "cpu" and stream is not None:
-            get_device_module(self._device).current_stream().wait_stream(stream)
+            self._module().current_stream().wait_stream(stream)
 
     def store(self, copies: Copies) -> bool:
         """Store all layers, and say so; whether it could be done."""
@@ -123,7 +121,7 @@ class Worker:
         if granted is None:
             return False
         if self._device.type != "cpu":  # SGLang does not say on which stream they are computed
-            get_device_module(self._device).synchronize()
+            self._module().synchronize()
         mover, started = granted.mover, time.perf_counter()
         granted.progress.begin(copies.step, 1)
         try:
@@ -138,6 +136,11 @@ class Worker:
         """Stop listening, and unmap the slab."""
         self._grants.leave()
         self._grants.close()
+
+    def _module(self) -> Any:
+        import torch
+
+        return torch.get_device_module(self._device)
 
 
 def _log(what: str, copies: Copies, size: int, seconds: float) -> None:
