@@ -253,9 +253,7 @@ class UnifiedLMCacheMPConnector(Wall):
             lookup.asked = None
         return lookup.found.tokens if lookup.found else 0
 
-    def _load(
-        self, lookup: Lookup, fresh: Sequence[int], local: int, producer_stream: Any
-    ) -> bool:
+    def _load(self, lookup: Lookup, fresh: Sequence[int], local: int, producer_stream: Any) -> bool:
         found, lookup.found = lookup.found, None
         if found is None:
             return False
