@@ -81,7 +81,7 @@ class Sglang:
         about = said["meta_info"]
         return Answer(
             said["output_ids"],
-            about["cached_tokens"],
+            about.get("cached_tokens", 0),  # none if it was cancelled before it ran
             about.get("cached_tokens_details"),
             about["finish_reason"]["type"],
         )
