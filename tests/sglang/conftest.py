@@ -1,0 +1,51 @@
+"""Fixtures for tests that run a real SGLang; `sgl.py` tells what that costs.
+
+@pytest.fixture(scope="module")
+def server(start_sglang):
+    with start_sglang("0.5.23", page=16, env={"LMCACHE_CHUNK_SIZE": "16"}) as server:
+        yield server
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+# tests belong to no package, so there is no name to import their helpers by
+for name in ("group", "launch", "sgl"):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+launch, sgl = sys.modules["launch"], sys.modules["sgl"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 2.6 million parameters, as a checkpoint folder; skips where there is no SGLang."""
+    if not launch.PYTHON.exists():
+        pytest.skip("SGLang is not installed, see scripts/setup.sh")
+    folder = tmp_path_factory.mktemp("tiny")
+    subprocess.run([launch.PYTHON, HERE / "tiny_model.py", folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start_sglang(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Starts a `sgl.Sglang` of a version on the tiny model."""
+    folder = tmp_path_factory.mktemp("sglang")
+    numbers = itertools.count()
+
+    def start(version: str, **options: Any) -> Any:
+        log = folder / f"{next(numbers)}.log"
+        return sgl.Sglang(version, log, **{"model": tiny_model, **options})
+
+    return start
