@@ -12,7 +12,7 @@ import importlib.util
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ HERE = Path(__file__).resolve().parent
 # tests belong to no package, so there is no name to import their helpers by
 for name in ("group", "launch", "sgl"):
     spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+for name in ("harness", "served"):
+    spec = importlib.util.spec_from_file_location(name, HERE.parent / "engines" / f"{name}.py")
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 launch, sgl = sys.modules["launch"], sys.modules["sgl"]
@@ -49,3 +53,18 @@ def start_sglang(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         return sgl.Sglang(version, log, **{"model": tiny_model, **options})
 
     return start
+
+
+@pytest.fixture(scope="module")
+def start_lmcache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Starts servers of ours, and stops them in the end."""
+    folder, started = tmp_path_factory.mktemp("lmcache"), []
+
+    def start(*options: str) -> Any:
+        server = sys.modules["served"].Server(folder / f"{len(started)}.log", *options)
+        started.append(server)
+        return server.start()
+
+    yield start
+    for server in started:
+        server.stop()
