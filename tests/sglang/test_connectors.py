@@ -30,6 +30,15 @@ class Way:
     def page(self):
         return self.options.get("page", 1)
 
+    @property
+    def pool_tokens(self):
+        """With a server, too few for all that is asked for.
+
+        In-process, SGLang keeps what has ended locked until it evicts, and once that leaves no room
+        for a request while none runs, it waits for ever.
+        """
+        return 1600 if self.with_server else 8192
+
 
 BUSY = {"page": 16, "chunked": 64, "overlap": True}
 WAYS = {
@@ -103,8 +112,11 @@ def cache(way, start_lmcache):
 def server(way, cache, start_sglang, tmp_path_factory):
     said = configured(way, tmp_path_factory.mktemp("config"), cache and cache.port)
     said["env"]["LMCACHE_LOG_LEVEL"] = "INFO"
-    with start_sglang(way.version, pool_tokens=1600, **way.options, **said) as server:
+    options = {"pool_tokens": way.pool_tokens, **way.options, **said}
+    with start_sglang(way.version, **options) as server:
         yield server
+        if way.version == "0.5.9":  # it waits for requests that it has given up
+            server.kill()
 
 
 def test_a_prompt_in_all_ways_it_may_be_found(way, server, reference):
@@ -128,13 +140,20 @@ def test_a_prompt_in_all_ways_it_may_be_found(way, server, reference):
     assert ask(reference["other"]) == (reference["other said"], 288)
 
 
-def test_many_at_once_with_too_little_room(way, server, cache, reference):
-    """The pool is evicted from all the time, and some requests are given up."""
+def test_many_at_once(way, server, cache, reference):
+    """With a server, the pool is evicted from all the time."""
     prompts = requests()
     for _ in range(2):
-        said = [answer.output_ids for answer in server.many(prompts)]
-        assert said == reference["many"]
-    server.flush()
+        said = server.many(prompts)
+        assert [answer.output_ids for answer in said] == reference["many"]
+    assert sum(answer.cached_tokens for answer in said) > 0.8 * sum(map(len, prompts))
+    server.flush()  # it is idle, so it has counted its slots
+    if cache:
+        cache.wait_idle()
+
+
+def test_some_requests_are_given_up(way, server, cache, reference):
+    prompts = requests()
     with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(server.many, prompts)
         given_up = []
@@ -147,9 +166,8 @@ def test_many_at_once_with_too_little_room(way, server, cache, reference):
         said = asked.result()
     assert any(request.result().finish_reason == "abort" for request in given_up)
     assert [answer.output_ids for answer in said] == reference["many"]
-    assert sum(answer.cached_tokens for answer in said) > 0.8 * sum(map(len, prompts))
-    server.flush()  # it is idle, so it has counted its slots
-    if cache:
+    server.flush()
+    if way.version == "0.5.23":  # others do not say which of the waiting were given up
         cache.wait_idle()
 
 
@@ -175,7 +193,8 @@ def test_a_server_that_is_killed_and_started_again_under_load(
     way = WAYS[version]
     cache = start_lmcache(*SERVED)
     prompts = requests()
-    with start_sglang(version, pool_tokens=1600, **configured(way, tmp_path, cache.port)) as server:
+    said = configured(way, tmp_path, cache.port)
+    with start_sglang(version, pool_tokens=way.pool_tokens, **said) as server:
         server.many(prompts[:10])
         is_over = threading.Event()
 

@@ -154,6 +154,7 @@ def test_a_copier_that_is_too_slow_is_left_behind_between_two_steps(
     engine = make_engine(house=house, extra={"lmcache.mp.mp_transfer_mode": "lmcache_driven"})
     engine.wait_attached()
     engine.generate("cold", range(50))
+    house.wait_idle()
     may_go_on, load = threading.Event(), Mover.load
 
     def slow(mover, *arguments):
