@@ -20,9 +20,9 @@ demo: ## See a long document being reused by a real vLLM, with numbers and a cha
 	$(SAY) "Asking questions about long documents, with and without LMCache (a few minutes)"
 	$(BIN)/python examples/long_document_qa.py
 
-test: ## Run all tests, those with a real vLLM included (25 minutes on two cores)
+test: ## Run all tests, those with real engines included (an hour on two cores)
 	@$(SETUP) test
-	$(SAY) "Running all tests (20 minutes on two cores; a real vLLM starts many times)"
+	$(SAY) "Running all tests (an hour on two cores; real vLLMs and SGLangs start many times)"
 	$(BIN)/python -m pytest $(ARGS)
 
 test-engines: ## Run the tests with a real vLLM for several versions of it (15 minutes each)
