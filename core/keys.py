@@ -8,6 +8,8 @@ length-prefixed, so that no two different inputs share an encoding. Python's `ha
 
 from __future__ import annotations
 
+import hashlib
+import json
 import struct
 import sys
 from array import array
@@ -80,6 +82,12 @@ def _encode(record: object) -> bytes:
         raw = b"i" + struct.pack("<q", value) if isinstance(value, int) else b"s" + value.encode()
         parts.append(_field(f"{type(record).__name__}.{field.name}", raw))
     return b"".join(parts)
+
+
+def digest_of(traits: object) -> str:
+    """32 hex digits over whatever else of a deployment tells its KV apart, for a `Namespace`."""
+    text = json.dumps(traits, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def root_key(namespace: Namespace, identity: Identity) -> ChunkKey:

@@ -50,8 +50,8 @@ class Joined:
         Raises `LMCacheError` for what cannot be cached, or cannot be configured so.
         """
         engine_id = f"sglang-{uuid.uuid4().hex}"
-        self._lends = attach is None and settings.mp_transfer_mode == "lmcache_driven"
-        self.worker = Worker(engine_id, *pools, lends=self._lends, deadline_s=settings.mq_timeout)
+        lends = attach is None and settings.mp_transfer_mode == "lmcache_driven"
+        self.worker = Worker(engine_id, *pools, lends=lends, deadline_s=settings.mq_timeout)
         namespace = namespace_of(sgl_config, settings.config, self.worker.pools, parallel)
         self.joining: Joining[Any]
         with ExitStack() as undo:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache.core.config import load_config
 from lmcache.core.environment import environment_text
 from lmcache.core.errors import ConfigError
+from lmcache.core.service.wire import MODES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 _KEYS = ("mp_host", "mp_port", "extra_config")
 _EXTRA = "lmcache.mp."
-_MODES = ("auto", "engine_driven", "lmcache_driven")
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def _checked(chosen: Mapping[str, Any]) -> dict[str, Any]:
             checked[key] = kinds[key](value)
         except (TypeError, ValueError):
             raise ConfigError(f"{key} is {value!r}, expected {kinds[key].__name__}") from None
-    if checked["mp_transfer_mode"] not in _MODES:
+    if checked["mp_transfer_mode"] not in MODES:
         raise ConfigError(
-            f"mp_transfer_mode is {checked['mp_transfer_mode']!r}, expected {', '.join(_MODES)}"
+            f"mp_transfer_mode is {checked['mp_transfer_mode']!r}, expected {', '.join(MODES)}"
         )
     return checked

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from array import array
 from typing import TYPE_CHECKING, Any
 
 from lmcache.core.errors import ConfigError, LayoutError
-from lmcache.core.keys import Namespace
+from lmcache.core.keys import Namespace, digest_of
 from lmcache.core.layout import PageLayout, region_of
 from lmcache.core.log import init_logger
 
@@ -91,10 +89,9 @@ def namespace_of(
         "quantization": str(getattr(sgl_config, "quantization", None)),
         "hf": hf_config.to_dict() if hf_config is not None else None,
     }
-    digest = hashlib.sha256(json.dumps(traits, sort_keys=True, default=str).encode()).hexdigest()
     server_args = server_args_of()
     return Namespace(
-        model=f"{config.model_id or sgl_config.model_path}@{digest[:32]}",
+        model=f"{config.model_id or sgl_config.model_path}@{digest_of(traits)}",
         generation=config.weight_generation,
         dtype=f"{getattr(server_args, 'kv_cache_dtype', 'auto')}:{pools[0].dtype}",
         layout="",

@@ -105,7 +105,7 @@ class UnifiedLMCacheMPConnector(Wall):
             tokens = self._poll(lookup)
         except Exception:
             self.count_error("poll_lookup")
-            lookup.asked = None
+            self._give_up(lookup)
         least = self._least(tokens)
         if least == PENDING:
             return None
@@ -265,10 +265,16 @@ class UnifiedLMCacheMPConnector(Wall):
             operation.result = bool(self._least(int(is_good))) if synchronize else is_good
         return operation.result
 
-    @guarded(nothing)
     def _forget(self, request_id: str) -> None:
-        lookup = self._lookups.pop(request_id, None)
-        if lookup and lookup.asked:
-            self._cache.scheduler.give_up(lookup.asked)
-        if lookup and lookup.found:
-            self._cache.scheduler.release(lookup.found)
+        if lookup := self._lookups.pop(request_id, None):
+            self._give_up(lookup)
+
+    @guarded(nothing)
+    def _give_up(self, lookup: Lookup) -> None:
+        """Nothing of it is wanted any more."""
+        asked, found = lookup.asked, lookup.found
+        lookup.asked = lookup.found = None
+        if asked:
+            self._cache.scheduler.give_up(asked)
+        if found:
+            self._cache.scheduler.release(found)

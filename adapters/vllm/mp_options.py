@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lmcache.core.config_types import Flag, Port, PositiveAmount, Text
 from lmcache.core.environment import environment_text
 from lmcache.core.errors import ConfigError
+from lmcache.core.service.wire import MODES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PREFIX = "lmcache.mp."
-MODES = ("auto", "engine_driven", "lmcache_driven")
 
 REFUSED = {
     "isolated_ipc": "memory is handed over by descriptor or by CUDA's handles; nothing to choose",

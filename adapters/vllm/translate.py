@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import re
 from typing import TYPE_CHECKING, Any
 
 from lmcache.adapters.vllm.step import StoredEvent
 from lmcache.core.errors import LayoutError
-from lmcache.core.keys import Identity, Insert, Namespace
+from lmcache.core.keys import Identity, Insert, Namespace, digest_of
 from lmcache.core.layout import PageLayout, Region, region_of
 
 if TYPE_CHECKING:
@@ -88,8 +86,7 @@ def layout_of(
 def _members(kv_cache_config: Any, places: Mapping[str, int]) -> str:
     """Which layer has its pages where. Another vLLM may form groups otherwise."""
     groups = [group.layer_names for group in kv_cache_config.kv_cache_groups]
-    text = json.dumps([[(name, places[name]) for name in names] for names in groups])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return digest_of([[(name, places[name]) for name in names] for names in groups])
 
 
 def distinct(
@@ -153,10 +150,9 @@ def namespace_of(vllm_config: VllmConfig, config: Config) -> Namespace:
         "hf": model.hf_config.to_dict(),
         "speculative": _speculator(vllm_config),
     }
-    digest = hashlib.sha256(json.dumps(traits, sort_keys=True, default=str).encode()).hexdigest()
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     return Namespace(
-        model=f"{config.model_id or model.model}@{digest[:32]}",
+        model=f"{config.model_id or model.model}@{digest_of(traits)}",
         generation=config.weight_generation,
         dtype=str(vllm_config.cache_config.cache_dtype),
         layout="",

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lmcache.core.decider import Hit
 
 PROTOCOL = 1
+MODES = ("auto", "engine_driven", "lmcache_driven")
+"""What an engine may ask for; `auto` is the first of the others."""
 MAX_MESSAGE = 32 << 20
 """Bytes: the tokens of a prompt of eight million."""
 MAX_TOKENS = MAX_MESSAGE // 4 - 1024

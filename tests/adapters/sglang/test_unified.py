@@ -289,6 +289,18 @@ class TestTroubles:
         assert asked == [0] * 5
         assert len(errors) == 3
 
+    def test_an_error_while_a_lookup_is_under_way_gives_it_back(self, start, join, monkeypatch):
+        house = start(Slow(MemoryBackend(), 0.2))
+        connector = join(house, Pool())
+        lookup = connector.submit_lookup("r", tokens(50), local_hit_tokens=0, cache_salt="")
+        given_up = []
+        scheduler = connector._cache.scheduler
+        monkeypatch.setattr(scheduler, "poll", None)
+        monkeypatch.setattr(scheduler, "give_up", given_up.append)
+        asked = lookup.asked
+        assert connector.poll_lookup(lookup) == 0
+        assert given_up == [asked]
+
     def test_a_server_that_is_gone_costs_nothing(self, house, join):
         pool, prompt = Pool(), tokens(50)
         connector = join(house, pool)
