@@ -37,7 +37,7 @@ class Way:
         In-process, SGLang keeps what has ended locked until it evicts, and once that leaves no room
         for a request while none runs, it waits for ever.
         """
-        return 1600 if self.with_server else 8192
+        return 1600 if self.with_server else 32768
 
 
 BUSY = {"page": 16, "chunked": 64, "overlap": True}
