@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lmcache.core.borrower import Borrower
 from lmcache.core.client import CacheClient
 from lmcache.core.errors import HandoverError
+from lmcache.core.exchange import check_chunks
 from lmcache.core.fetch import PLAIN, Asking
 from lmcache.core.flights import Flights
 from lmcache.core.geometry import Geometry, combined_layout, pages_per_chunk
@@ -45,6 +46,7 @@ def geometry_of(hellos: list[Hello], chunk_size: int) -> Geometry:
     if sorted(slices) != list(range(len(slices))):
         raise HandoverError(f"movers hold slices {sorted(slices)}; some are missing")
     ordered = [slices[i] for i in range(len(slices))]
+    check_chunks(ordered[0].summary, chunk_size, ordered[0].page_tokens)
     return Geometry(
         page_tokens=ordered[0].page_tokens,
         pages_per_chunk=pages_per_chunk(chunk_size, ordered[0].page_tokens),

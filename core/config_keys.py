@@ -120,6 +120,11 @@ class Config(BaseModel):
         description="Part of every key: change it when the weights change, and all that was stored"
         " before is out of reach.",
     )
+    exchange: Text = Field(
+        default="",
+        description="Name under which engines of different kinds share chunks. All of them must"
+        " serve the same weights: nothing checks that.",
+    )
     enable_kv_events: Flag = Field(
         default=False, description="Tell the engine what was stored, as KV events."
     )

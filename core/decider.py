@@ -134,16 +134,15 @@ class Decider:
 
     # ---- reading
 
-    def peek(self, chain: KeyChain, stop: int) -> tuple[list[tuple[ChunkKey, int]], Reason]:
-        """Key and pages of each chunk that a lookup would find, and why it would stop there.
+    def peek(self, chain: KeyChain, stop: int) -> tuple[list[Slot], Reason]:
+        """The slot of each chunk that a lookup would find, and why it would stop there.
 
         Nothing is leased, and no eviction is put off.
         """
         self._index.leading(chain.full(stop))
         with self.lock:
             entries, reason = self._walk(chain, stop)
-            pages = [self._index.pages[entry] for entry in entries]
-        return [(chain.part(chunk, count), count) for chunk, count in enumerate(pages)], reason
+            return self._index.leading_slots(entries), reason
 
     def has_all(self, chain: KeyChain, stop: int) -> bool:
         """Whether every full chunk before `stop` is stored. A hint: nothing is leased."""
@@ -170,8 +169,7 @@ class Decider:
             lease = self.lease(owner, entries) if entries else None
         finally:
             self.lock.release()
-        pages = sum(slot.pages for slot in slots)
-        tokens, size = pages * geometry.page_tokens, pages * geometry.page_bytes
+        tokens, size = geometry.tokens_in(slots), geometry.bytes_in(slots)
         spent = (time.perf_counter() - started) * 1e3
         asked = stop - start
         return Hit(slots, lease, Receipt(tokens, asked, reason, {"l1": tokens}, size, spent))
@@ -282,7 +280,7 @@ class Decider:
         if self.on_pressure:
             self._press(size)
         self._generation += 1
-        slot = Slot(key, offset, size, self._generation, pages, chunk)
+        slot = Slot(key, offset, size, self._generation, chunk)
         self._reserved[key] = slot
         start_header(self.slab.view[offset:], Description.of(slot, geometry, root))
         return slot

@@ -50,17 +50,17 @@ def moves_for_groups(
     """Like `moves_for`, with a page table, which may have holes, for each cache group."""
     moves = []
     for slot in slots:
-        start = slot.chunk * geometry.pages_per_chunk
-        low, high = max(start, first), min(start + slot.pages, stop)
+        start, held = slot.chunk * geometry.pages_per_chunk, geometry.pages_of(slot)
+        low, high = max(start, first), min(start + held, stop)
         if low >= high:
             continue
-        before, after = low - start, start + slot.pages - high
+        before, after = low - start, start + held - high
         parts = [[int(page) for page in table[low:high]] for table in tables]
         if len(parts) > 1:  # the next group's pages lie behind all of this one's
             parts = [[HOLE] * before + part + [HOLE] * after for part in parts]
             before = 0
         pages = list(joined.from_iterable(parts))
-        moves.append(Move(slot.offset, slot.generation, slot.pages, before, pages))
+        moves.append(Move(slot.offset, slot.generation, held, before, pages))
     return moves
 
 
@@ -209,7 +209,7 @@ class CacheEngine:
             self._mover.publish(moves)
         finally:
             self._flights.land(step)
-        stored = sum(slot.pages for slot in slots) * self.geometry.page_tokens
+        stored = self.geometry.tokens_in(slots)
         spent = (time.perf_counter() - started) * 1e3
         return Receipt(stored, max(0, stop - start), reason, {"l1": stored}, size, spent)
 

@@ -45,17 +45,17 @@ class Want:
     """Pages of each object."""
 
     @classmethod
-    def beyond(cls, hit: Hit, chain: KeyChain, start: int, stop: int) -> Want:
+    def beyond(cls, hit: Hit, chain: KeyChain, geometry: Geometry, start: int, stop: int) -> Want:
         """What a lookup of tokens `start` .. `stop` that stopped at `hit` lacks."""
-        whole = sum(slot.pages == chain.pages_per_chunk for slot in hit.slots)
+        held = [geometry.pages_of(slot) for slot in hit.slots]
+        whole = held.count(chain.pages_per_chunk)
         first = start // chain.chunk_tokens + whole
         keys, pages, chunk = [], [], first
         while (count := chain.pages_in(chunk, stop)) > 0:
             keys.append(chain.part(chunk, count))
             pages.append(count)
             chunk += 1
-        held = hit.slots[-1].pages if len(hit.slots) > whole else 0
-        return cls(chain, first, held, keys, pages)
+        return cls(chain, first, held[-1] if len(held) > whole else 0, keys, pages)
 
     def key(self, step: int, pages: int) -> ChunkKey:
         """The key of the first `pages` pages of object number `step`. Safe on any thread."""

@@ -110,8 +110,8 @@ class Flights:
 
     def _finish(self, slot: Slot, spoiled: bool) -> None:  # noqa: FBT001  a callback's argument
         if not spoiled and self._is_complete(slot):
-            self._decider.counters.add("stored_tokens", slot.pages * self._geometry.page_tokens)
-            self._decider.counters.add("stored_bytes", slot.pages * self._geometry.page_bytes)
+            self._decider.counters.add("stored_tokens", self._geometry.tokens_in([slot]))
+            self._decider.counters.add("stored_bytes", self._geometry.bytes_in([slot]))
             self._decider.commit(slot, self._geometry)
         else:
             self._decider.counters.add("store_failures")

@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from lmcache.core.errors import ConfigError
 from lmcache.core.objects import HEADER_BYTES, MAX_SLICES, TAGS
 from lmcache.core.slab import WORD
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lmcache.core.index import Slot
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,18 @@ class Geometry:
     def slot_bytes(self, pages: int) -> int:
         """Bytes of an object of `pages` pages, header included."""
         return HEADER_BYTES + pages * self.page_bytes
+
+    def pages_of(self, slot: Slot) -> int:
+        """Pages of each cache group in a slot: whoever else has stored it may count otherwise."""
+        return (slot.size - HEADER_BYTES) // self.page_bytes
+
+    def bytes_in(self, slots: Sequence[Slot]) -> int:
+        """Bytes of all their pages."""
+        return sum(slot.size for slot in slots) - len(slots) * HEADER_BYTES
+
+    def tokens_in(self, slots: Sequence[Slot]) -> int:
+        """Tokens of all their pages."""
+        return self.bytes_in(slots) // self.page_bytes * self.page_tokens
 
     def payload_offset(self, index: int, pages: int) -> int:
         """Where slice `index` starts inside an object of `pages` pages."""

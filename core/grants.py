@@ -79,6 +79,7 @@ class Grants:
         """By the latest attachment, on the door's thread."""
         self._slice = 0
         self._tensors: list[torch.Tensor] = []
+        self._places: list[torch.Tensor] = []
         self._memory: LentPages | None = None
         self._lender: Lender | None = None
         """The latest, whose pages may have to be taken back."""
@@ -102,10 +103,14 @@ class Grants:
         tensors: Sequence[torch.Tensor],
         *,
         slice_index: int = 0,
+        places: Sequence[torch.Tensor] = (),
     ) -> None:
-        """Begin to wait, as mover `number` of an engine, with pages in `tensors`."""
+        """Begin to wait, as mover `number` of an engine, with pages in `tensors`.
+
+        With `places`, what is stored is in another order than the pages: see `copier_for`.
+        """
         self.layout = layout
-        self._slice, self._tensors = slice_index, list(tensors)
+        self._slice, self._tensors, self._places = slice_index, list(tensors), list(places)
         hello = Hello(
             number=number,
             page_tokens=layout.page_tokens,
@@ -171,7 +176,7 @@ class Grants:
                 number=grant.word,
                 slice_index=self._slice,
                 writes=grant.writes,
-                copier=copier_for(self.layout, slab, self._tensors),
+                copier=copier_for(self.layout, slab, self._tensors, places=self._places),
             )
         except BaseException:
             slab.close()

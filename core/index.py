@@ -31,7 +31,6 @@ class Slot(NamedTuple):
     """Bytes of the object, header included."""
     generation: int
     """Unique for each reservation: bytes of another generation are another chunk's."""
-    pages: int
     chunk: int
     """Which chunk of its sequence it is."""
 
@@ -50,7 +49,6 @@ class Index:
         self.offset = array("q")
         self.size = array("q")
         self.generation = array("q")
-        self.pages = array("I")
         self.pins = array("I")
         self.lacking = array("B")
         """How many slower tiers, from the first on, are to have it and did not when it came."""
@@ -84,14 +82,13 @@ class Index:
             entry = self._free.pop()
             self.keys[entry] = slot.key
             self.offset[entry], self.size[entry] = slot.offset, slot.size
-            self.generation[entry], self.pages[entry] = slot.generation, slot.pages
+            self.generation[entry] = slot.generation
         else:
             entry = len(self.keys)
             self.keys.append(slot.key)
             self.offset.append(slot.offset)
             self.size.append(slot.size)
             self.generation.append(slot.generation)
-            self.pages.append(slot.pages)
             self.pins.append(0)
             self.lacking.append(0)
             self.told.append(0)
@@ -108,7 +105,6 @@ class Index:
             self.offset[entry],
             self.size[entry],
             self.generation[entry],
-            self.pages[entry],
             chunk,
         )
 
@@ -118,7 +114,7 @@ class Index:
             return [self.slot(entry, chunk) for chunk, entry in enumerate(entries, first)]
         of: Callable[[Any], tuple[Any, ...]] = itemgetter(*entries)
         numbers = range(first, first + len(entries))
-        columns = (self.keys, self.offset, self.size, self.generation, self.pages)
+        columns = (self.keys, self.offset, self.size, self.generation)
         return list(map(_NEW_SLOT, zip(*map(of, columns), numbers, strict=True)))
 
     def remove(self, entry: int) -> ChunkKey:

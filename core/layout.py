@@ -133,6 +133,8 @@ class PageLayout:
     """Attention backend and the content format of a page, e.g. `CPU_ATTN/AVX512`."""
     groups: int = 1
     """How many pages the same tokens take: one in each of the engine's cache groups."""
+    common: str = ""
+    """What its objects hold, if that is in an order that engines of several kinds share."""
 
     def __post_init__(self) -> None:
         if not self.regions:
@@ -164,6 +166,8 @@ class PageLayout:
         Otherwise an object keeps a region's pages together. Either way runs stay as long as the
         engine's own memory allows.
         """
+        if self.common:
+            return False
         bases = [region.base for region in self.regions]
         stride = self.regions[0].page_stride
         return (
@@ -175,6 +179,8 @@ class PageLayout:
     @cached_property
     def summary(self) -> str:
         """What the bytes of an object mean, as text: equal regions in a row are one line."""
+        if self.common:
+            return self.common
         order = "page" if self.page_major else "region"
         lines = [f"v1 {self.kind} {self.page_tokens} {order} x{self.groups}"]
         for about, same in groupby(f"{r.page_bytes} {r.meaning}" for r in self.regions):

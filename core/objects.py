@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lmcache.core.keys import ChunkKey
 
 MAGIC = b"LMCOBJ\r\n"
-VERSION = 2
+VERSION = 3
 MAX_SLICES = 64
 """An object has one word for each, to say that it is there."""
 TAGS = 128
@@ -47,7 +47,7 @@ class Description:
     """Of the key's chain: the digest of the namespace and of what else the request depends on."""
     layout: bytes
     """Digest over the layouts of all slices of the payload (32 bytes)."""
-    pages: int
+    tokens: int
     payload_bytes: int
     text: bytes = b""
     """The layouts themselves, for other programs; see `layouts_text`."""
@@ -55,8 +55,8 @@ class Description:
     @classmethod
     def of(cls, slot: Slot, geometry: Geometry, root: ChunkKey) -> Description:
         """What the object in `slot` must say."""
-        size = slot.pages * geometry.page_bytes
-        return cls(slot.key, root, geometry.layout, slot.pages, size, geometry.text)
+        tokens, size = geometry.tokens_in([slot]), geometry.bytes_in([slot])
+        return cls(slot.key, root, geometry.layout, tokens, size, geometry.text)
 
 
 def layouts_text(summaries: Sequence[str]) -> bytes:
@@ -95,7 +95,7 @@ def _fixed(about: Description, checksum: int) -> bytes:
         MAGIC,
         VERSION,
         HEADER_BYTES,
-        about.pages,
+        about.tokens,
         about.payload_bytes,
         about.key,
         about.layout,

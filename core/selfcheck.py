@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 def check_layout(
-    layout: PageLayout, tensors: Sequence[torch.Tensor], page_axes: Sequence[int]
+    layout: PageLayout,
+    tensors: Sequence[torch.Tensor],
+    page_axes: Sequence[int],
+    places: Sequence[torch.Tensor] = (),
 ) -> None:
     """Raise `LayoutError` if a copy of a page is not exactly that page. Only before serving."""
     layout = replace(layout, groups=1)  # all cache groups take their pages from the same memory
@@ -42,7 +45,7 @@ def check_layout(
     ]
     geometry = Geometry(layout.page_tokens, 1, (layout.page_bytes,), bytes(32))
     slab = Slab.create(CONTROL_BYTES + geometry.slot_bytes(1))
-    copier = copier_for(layout, slab, tensors, threads=1)
+    copier = copier_for(layout, slab, tensors, threads=1, places=places)
     mover = Mover(layout, geometry, slab, copier=copier)
     payload = slab.view[CONTROL_BYTES + geometry.payload_offset(0, 1) :]
     kept = [tensor.clone() for tensor in nearby]

@@ -202,7 +202,7 @@ class TierReads:
             if reason is Reason.NONE:
                 entry = decider.commit(slot, geometry, lacking=self._before(tier))
                 fetch.keep(decider.lease(fetch.owner, [entry], is_use=False), decider)
-                fetch.brought[slot.chunk] = tier.name, slot.pages * geometry.page_tokens
+                fetch.brought[slot.chunk] = tier.name, geometry.tokens_in([slot])
             else:
                 decider.abandon(slot)
         read.set_result(reason)

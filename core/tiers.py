@@ -74,7 +74,7 @@ class Tiers:
         hit = self._decider.lookup(owner, chain, geometry, stop, asking.start)
         if self._tiers and hit.receipt.reason in _LACKING:
             try:
-                want = Want.beyond(hit, chain, asking.start, stop)
+                want = Want.beyond(hit, chain, geometry, asking.start, stop)
             except BaseException:
                 self._decider.release(hit.lease)
                 raise
@@ -224,11 +224,11 @@ class Tiers:
 
 def _whole_chunks(hit: Hit, geometry: Geometry) -> Hit:
     """`hit` without a last chunk of fewer pages; the lease stays."""
-    if not hit.slots or hit.slots[-1].pages == geometry.pages_per_chunk:
+    if not hit.slots or geometry.pages_of(hit.slots[-1]) == geometry.pages_per_chunk:
         return hit
-    pages, receipt = hit.slots[-1].pages, hit.receipt
-    tokens = receipt.tokens - pages * geometry.page_tokens
-    size = receipt.bytes - pages * geometry.page_bytes
+    receipt = hit.receipt
+    tokens = receipt.tokens - geometry.tokens_in(hit.slots[-1:])
+    size = receipt.bytes - geometry.bytes_in(hit.slots[-1:])
     receipt = replace(receipt, tokens=tokens, bytes=size, by_tier={"l1": tokens})
     return replace(hit, slots=hit.slots[:-1], receipt=receipt)
 

@@ -56,6 +56,7 @@ class LMCacheLayerwiseConnector(Wall):
             settings,
             (k_pool, v_pool),
             parallel=f"tp{rank}of{tp_size}",
+            ranks=tp_size,
             attach=lambda engine_id: _attach(engine_id, config, tp_size),
         )
         self._owners = itertools.count(1)

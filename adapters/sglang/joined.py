@@ -12,6 +12,7 @@ from lmcache.adapters.sglang.scheduler import Scheduler
 from lmcache.adapters.sglang.translate import namespace_of
 from lmcache.adapters.sglang.worker import Worker
 from lmcache.core.environment import environment_text
+from lmcache.core.exchange import check_alone
 from lmcache.core.joining import Joining
 from lmcache.core.log import init_logger
 from lmcache.core.service import wire
@@ -43,16 +44,26 @@ class Joined:
         pools: Pools,
         *,
         parallel: str,
+        ranks: int,
         attach: Callable[[str], Any] | None = None,
     ) -> None:
-        """`parallel` tells this rank's share of the bytes from the others'.
+        """`parallel` tells this rank's share of the bytes from the others', of whom are `ranks`.
 
         Raises `LMCacheError` for what cannot be cached, or cannot be configured so.
         """
         engine_id = f"sglang-{uuid.uuid4().hex}"
         lends = attach is None and settings.mp_transfer_mode == "lmcache_driven"
-        self.worker = Worker(engine_id, *pools, lends=lends, deadline_s=settings.mq_timeout)
-        namespace = namespace_of(sgl_config, settings.config, self.worker.pools, parallel)
+        config = settings.config
+        if config.exchange:
+            check_alone(ranks)
+        self.worker = Worker(
+            engine_id,
+            *pools,
+            lends=lends,
+            deadline_s=settings.mq_timeout,
+            exchanged=bool(config.exchange),
+        )
+        namespace = namespace_of(sgl_config, config, self.worker.pools, parallel)
         self.joining: Joining[Any]
         with ExitStack() as undo:
             undo.callback(self.worker.close)
@@ -61,7 +72,6 @@ class Joined:
             else:
                 self.joining = _joined_to_server(engine_id, settings, namespace)
             undo.pop_all()
-        config = settings.config
         self.scheduler = Scheduler(
             namespace, self.joining, config.chunk_size, config.fetch_timeout_ms / 1e3
         )

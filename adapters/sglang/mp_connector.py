@@ -51,7 +51,11 @@ class LMCacheMPConnector(Wall):
         settings = replace(load_settings(file), mp_host=host, mp_port=port)
         self._ranks = Ranks(tp_size, tp_group, k_pool[0].device)
         self._cache = Joined(
-            sgl_config, settings, (k_pool, v_pool), parallel=f"tp{rank}of{tp_size}"
+            sgl_config,
+            settings,
+            (k_pool, v_pool),
+            parallel=f"tp{rank}of{tp_size}",
+            ranks=tp_size,
         )
         self._found: dict[str, tuple[Found, int, float]] = {}
         """What is leased for a request, up to which token, and since when."""

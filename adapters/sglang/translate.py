@@ -6,6 +6,7 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from lmcache.core.errors import ConfigError, LayoutError
+from lmcache.core.exchange import Content, exchange_namespace
 from lmcache.core.keys import Namespace, digest_of
 from lmcache.core.layout import PageLayout, region_of
 from lmcache.core.log import init_logger
@@ -52,10 +53,11 @@ def unified_pools(
     return kvcache.k_buffer, kvcache.v_buffer
 
 
-def layout_of(pools: Sequence[torch.Tensor]) -> PageLayout:
+def layout_of(pools: Sequence[torch.Tensor], *, exchanged: bool = False) -> PageLayout:
     """The layout of pools whose pages are single tokens, whatever SGLang's page size.
 
-    Raises `LayoutError` for a pool that is not one row of heads for each token.
+    Objects of an exchange are in this very order, which all engines name alike. Raises
+    `LayoutError` for a pool that is not one row of heads for each token.
     """
     regions = []
     for number, pool in enumerate(pools):
@@ -75,13 +77,30 @@ def layout_of(pools: Sequence[torch.Tensor]) -> PageLayout:
             page_axis=0,
         )
         regions.append(region)
-    return PageLayout(tuple(regions), 1, "SGLang/NHD")
+    common = _content(pools).summary if exchanged else ""
+    return PageLayout(tuple(regions), 1, "SGLang/NHD", common=common)
+
+
+def _content(pools: Sequence[torch.Tensor]) -> Content:
+    alike = {(tuple(pool.shape[1:]), pool.dtype) for pool in pools}
+    if len(alike) > 1:
+        raise LayoutError(f"an exchange is for layers that are all alike, not {alike}")
+    _, heads, head_dim = pools[0].shape
+    return Content(
+        layers=len(pools) // 2,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=str(pools[0].dtype),
+        itemsize=pools[0].element_size(),
+    )
 
 
 def namespace_of(
     sgl_config: Any, config: Config, pools: Sequence[torch.Tensor], parallel: str
 ) -> Namespace:
     """What makes this rank's KV bytes its own, but for the layout."""
+    if config.exchange:
+        return exchange_namespace(config.exchange, config.weight_generation)
     hf_config = getattr(sgl_config, "hf_config", None)
     traits = {
         "revision": getattr(sgl_config, "revision", None),

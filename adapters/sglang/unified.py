@@ -62,6 +62,7 @@ class UnifiedLMCacheMPConnector(Wall):
             settings,
             (k_pool, v_pool),
             parallel=f"tp{tp_rank}of{tp_size}.pp{pp_rank}of{pp_size}",
+            ranks=tp_size * pp_size,
         )
         self.chunk_size = self._cache.scheduler.chunk_tokens
         """An attribute here, where earlier versions call a method."""

@@ -92,6 +92,7 @@ class Worker:
         *,
         lends: bool = False,
         deadline_s: float = 1.0,
+        exchanged: bool = False,
     ) -> None:
         """Begins to wait for a scheduling side. Raises `LMCacheError` for unknown pools."""
         self._layers = len(k_pool)
@@ -99,7 +100,7 @@ class Worker:
         self.pools = pools_of(k_pool, v_pool)
         self._grants = Grants(lends=lends, deadline_s=deadline_s)
         self._grants.lend(self.pools)
-        layout = layout_of(self.pools)
+        layout = layout_of(self.pools, exchanged=exchanged)
         check_layout(layout, self.pools, [0] * len(self.pools))
         self._grants.open(engine_id, 0, layout, self.pools)
 

@@ -13,6 +13,7 @@ from lmcache.adapters.vllm.worker import WorkerSide
 from lmcache.core.assembly import assemble
 from lmcache.core.attachment import Attachment
 from lmcache.core.config import load_config
+from lmcache.core.errors import ConfigError
 from lmcache.core.joining import Joining
 from lmcache.core.log import init_logger
 from lmcache.core.metrics import Exporter
@@ -44,9 +45,16 @@ class LMCacheConnectorV1Impl(Hooks):
         self._parent = parent
         extra = _transfer(vllm_config).kv_connector_extra_config or {}
         config = load_config(extra).config
+        if config.exchange and config.use_layerwise:
+            raise ConfigError("pages for an exchange are reordered whole: unset use_layerwise")
         if role.name == "WORKER":
             layerwise = config.use_layerwise and _layerwise_is_safe(vllm_config, extra)
-            self._worker = WorkerSide(vllm_config, parent._kv_cache_config, layerwise=layerwise)
+            self._worker = WorkerSide(
+                vllm_config,
+                parent._kv_cache_config,
+                layerwise=layerwise,
+                exchanged=bool(config.exchange),
+            )
         else:
             self._scheduler = _scheduler_side(vllm_config, config, extra)
         LIVE.add(self)

@@ -132,12 +132,13 @@ class Draft:
         copy = Copy(
             request_id=request.request_id,
             moves=moves,
-            tokens=sum(slot.pages for slot in slots) * cache.geometry.page_tokens,
+            tokens=cache.geometry.tokens_in(slots),
             required=stop - start // cache.geometry.chunk_tokens * cache.geometry.chunk_tokens,
             total=request.num_tokens,
         )
         if self._events:
-            copy.events = [stored_event(slot, tracked.chain, request) for slot in slots]
+            geometry, chain = cache.geometry, tracked.chain
+            copy.events = [stored_event(slot, geometry, chain, request) for slot in slots]
         self.step.stores.append(copy)
 
     def _is_restorable(self, stop: int, hit: Hit) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import vllm
 
+from lmcache.adapters.vllm.exchange import Pages, exchanged
 from lmcache.adapters.vllm.groups import groups_of
 from lmcache.adapters.vllm.translate import (
     backends_of,
@@ -37,6 +38,7 @@ class VllmGrants(Grants):
         *,
         may_have_groups: bool,
         lends: bool,
+        exchanged: bool,
         deadline_s: float,
     ) -> None:
         """The parameters are those of `WorkerSide`."""
@@ -44,6 +46,7 @@ class VllmGrants(Grants):
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._may_have_groups = may_have_groups
+        self._exchanged = exchanged
         self.keeps_all = True
         """Whether each page is for itself: see `Groups`."""
 
@@ -58,15 +61,25 @@ class VllmGrants(Grants):
         groups = groups_of(self._kv_cache_config)
         if not groups.keep_all and not self._may_have_groups:
             raise LayoutError(f"cache groups ({groups}): {WHO_HAS_GROUPS}")
+        version = version_of(vllm.__version__)
+        axes = {n: page_axis(version, backends[n], t.dim()) for n, t in kv_caches.items()}
+        self.keeps_all = groups.keep_all
+        if self._exchanged:
+            self._open(exchanged(self._vllm_config, self._kv_cache_config, kv_caches, axes))
+            return {}
         layout = layout_of(kv_caches, backends, self._kv_cache_config, groups, vllm.__version__)
         tensors, regions = distinct(kv_caches)
-        version = version_of(vllm.__version__)
-        axes = [page_axis(version, backends[name], t.dim()) for name, t in tensors.items()]
-        pages = list(tensors.values())
-        check_layout(layout, pages, axes)
-        self.keeps_all = groups.keep_all
-        transfer: Any = self._vllm_config.kv_transfer_config
-        rank = self._vllm_config.parallel_config.rank
-        slice_index = slice_of(self._vllm_config)
-        self.open(transfer.engine_id, rank, layout, pages, slice_index=slice_index)
+        self._open(Pages(layout, list(tensors.values()), [axes[name] for name in tensors]))
         return regions
+
+    def _open(self, pages: Pages) -> None:
+        check_layout(*pages)
+        transfer: Any = self._vllm_config.kv_transfer_config
+        self.open(
+            transfer.engine_id,
+            self._vllm_config.parallel_config.rank,
+            pages.layout,
+            pages.tensors,
+            slice_index=slice_of(self._vllm_config),
+            places=pages.places,
+        )

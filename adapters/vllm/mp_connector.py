@@ -12,14 +12,14 @@ from lmcache.adapters.vllm.autostart import Autostart
 from lmcache.adapters.vllm.groups import Groups, groups_of, tables_of
 from lmcache.adapters.vllm.hooks import Hooks
 from lmcache.adapters.vllm.live import LIVE
-from lmcache.adapters.vllm.mp_options import MpOptions, split_options
+from lmcache.adapters.vllm.mp_options import PREFIX, MpOptions, split_options
 from lmcache.adapters.vllm.scheduler import SchedulerSide
 from lmcache.adapters.vllm.step import Step
 from lmcache.adapters.vllm.translate import fence_page_tokens, namespace_of
 from lmcache.adapters.vllm.worker import WorkerSide
 from lmcache.core.config import LoadedConfig, load_config
 from lmcache.core.environment import environment_text
-from lmcache.core.errors import LayoutError
+from lmcache.core.errors import ConfigError, LayoutError
 from lmcache.core.joining import Joining
 from lmcache.core.log import init_logger
 from lmcache.core.service import wire
@@ -77,13 +77,20 @@ class LMCacheMPConnector(Hooks, KVConnectorBase_V1, SupportsHMA):
         options, rest = split_options(transfer.kv_connector_extra_config or {})
         loaded = load_config(rest)
         self._eager = options.eager_prefetch
+        lends, exchanged = options.mp_transfer_mode == "lmcache_driven", loaded.config.exchange
+        if lends and exchanged:
+            raise ConfigError(
+                f"the server cannot reorder pages for an exchange: set {PREFIX}mp_transfer_mode to "
+                "engine_driven"
+            )
         if role.name == "WORKER":
             self._worker = WorkerSide(
                 vllm_config,
                 kv_cache_config,
                 outside=True,
                 may_have_groups=KVConnectorTransferResults is not None,
-                lends=options.mp_transfer_mode == "lmcache_driven",
+                lends=lends,
+                exchanged=bool(exchanged),
                 deadline_s=options.mq_timeout,
             )
         else:

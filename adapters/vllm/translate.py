@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache.adapters.vllm.step import StoredEvent
 from lmcache.core.errors import LayoutError
+from lmcache.core.exchange import exchange_namespace
 from lmcache.core.keys import Identity, Insert, Namespace, digest_of
 from lmcache.core.layout import PageLayout, Region, region_of
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lmcache.adapters.vllm.groups import Groups
     from lmcache.core.chain import KeyChain
     from lmcache.core.config import Config
+    from lmcache.core.geometry import Geometry
     from lmcache.core.index import Slot
 
 SINCE, BEFORE = (0, 22), (0, 34)
@@ -142,6 +144,8 @@ def backends_of(vllm_config: VllmConfig, layers: Mapping[str, object]) -> dict[s
 
 def namespace_of(vllm_config: VllmConfig, config: Config) -> Namespace:
     """What makes this deployment's KV bytes its own, but for the layout that the workers add."""
+    if config.exchange:
+        return exchange_namespace(config.exchange, config.weight_generation)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     traits = {
         "revision": model.revision,
@@ -248,10 +252,10 @@ def options_of(request: Any) -> dict[str, Any]:
     return options if isinstance(options, dict) else {}
 
 
-def stored_event(slot: Slot, chain: KeyChain, request: Any) -> StoredEvent:
+def stored_event(slot: Slot, geometry: Geometry, chain: KeyChain, request: Any) -> StoredEvent:
     """What vLLM's event stream is told about a stored chunk."""
     start = slot.chunk * chain.chunk_tokens
-    tokens = chain.tokens[start : start + slot.pages * chain.page_tokens]
+    tokens = chain.tokens[start : start + geometry.tokens_in([slot])]
     lora = request.lora_request
     return StoredEvent(
         block_hashes=[slot.key],

@@ -35,6 +35,7 @@ class WorkerSide:
         outside: bool = False,
         may_have_groups: bool = False,
         lends: bool = False,
+        exchanged: bool = False,
         deadline_s: float = 1.0,
     ) -> None:
         """With `outside`, loads are made while the batch goes on, and `take_received` tells.
@@ -43,6 +44,8 @@ class WorkerSide:
 
         With `lends`, another process makes the copies, each of which may take `deadline_s` and what
         its bytes take besides.
+
+        With `exchanged`, objects are in the order of an exchange.
         """
         self._layerwise = layerwise
         self.grants = VllmGrants(
@@ -50,6 +53,7 @@ class WorkerSide:
             kv_cache_config,
             may_have_groups=may_have_groups,
             lends=lends,
+            exchanged=exchanged,
             deadline_s=deadline_s,
         )
         self._regions: dict[str, int] = {}

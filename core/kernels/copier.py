@@ -46,13 +46,22 @@ class PageCopier(Protocol):
 
 
 def copier_for(
-    layout: PageLayout, slab: Slab, tensors: Sequence[torch.Tensor], threads: int = 2
+    layout: PageLayout,
+    slab: Slab,
+    tensors: Sequence[torch.Tensor],
+    threads: int = 2,
+    places: Sequence[torch.Tensor] = (),
 ) -> PageCopier:
     """For pages in `tensors`, one for each region of the layout.
 
-    Raises `DeviceError` for a GPU that cannot be used.
+    With `places`, objects are in another order than the pages: see `ReorderedPages`. Raises
+    `DeviceError` for a GPU that cannot be used.
     """
     planner = Planner(layout)
+    if places:
+        from lmcache.core.kernels.reorder import ReorderedPages
+
+        return ReorderedPages(tensors, places, layout, planner, slab)
     device = device_of(tensors)
     if device is None:
         return HostPages(planner, slab, threads)

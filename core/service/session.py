@@ -179,11 +179,11 @@ class Session:
         return min(stop, (start // size + wire.MAX_SLOTS) * size)
 
     def _log(self, flight: Flight) -> None:
-        page_tokens = self.attachment.geometry.page_tokens
+        geometry = self.attachment.geometry
         spent = time.monotonic() - flight.departed
         for what, slots in (("Retrieved", flight.loaded), ("Stored", flight.stores)):
             if slots:
-                tokens = sum(slot.pages for slot in slots) * page_tokens
+                tokens = geometry.tokens_in(slots)
                 logger.info(
                     "%s %d tokens in %.3f seconds (%s)", what, tokens, spent, self.about.name
                 )

@@ -107,9 +107,9 @@ def lookup(
     return {
         "engine": session.about.name,
         "tokens": len(tokens),
-        "hit_tokens": sum(pages for _, pages in found) * geometry.page_tokens,
+        "hit_tokens": geometry.tokens_in(found),
         "chunk_tokens": geometry.chunk_tokens,
-        "chunks": [{"key": key.hex(), "pages": pages} for key, pages in found],
+        "chunks": [{"key": slot.key.hex(), "pages": geometry.pages_of(slot)} for slot in found],
         "reason": reason.name.lower(),
         "meaning": reason.value,
     }

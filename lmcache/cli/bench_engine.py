@@ -106,7 +106,7 @@ class BenchEngine:
         mover.store(moves, None, mover.mark())
         mover.publish(moves)
         mover.finish(step)
-        stored = sum(slot.pages for slot in slots) * self.client.geometry.page_tokens
+        stored = self.client.geometry.tokens_in(slots)
         timed = Timed(time.perf_counter() - started, stored, reason)
         while self.lookup(chain).reason is Reason.BEING_WRITTEN:
             if time.perf_counter() - started > DEADLINE_S:

@@ -117,7 +117,7 @@ class AnyOrder(RuleBasedStateMachine):
             if (pages := chain.pages_in(chunk, stop)) and (tail or pages == PAGES)
         ]
         missing = [(c, p) for c, p in wanted if chain.part(c, p) not in known]
-        given = [(slot.chunk, slot.pages) for slot in slots]
+        given = [(slot.chunk, self.geometry.pages_of(slot)) for slot in slots]
         if reason is Reason.NONE:
             # what was known may have been evicted by the first of them, but only that
             assert set(missing) <= set(given) <= set(wanted)
@@ -131,8 +131,7 @@ class AnyOrder(RuleBasedStateMachine):
         for slot in slots:
             assert slot.generation not in self.generations
             self.generations.add(slot.generation)
-            assert slot.key == chain.part(slot.chunk, slot.pages)
-            assert slot.size == self.geometry.slot_bytes(slot.pages)
+            assert slot.key == chain.part(slot.chunk, self.geometry.pages_of(slot))
             assert CONTROL_BYTES <= slot.offset <= self.made.slab.size - slot.size
             self.fill(slot, self.draft(slot))
 
@@ -205,7 +204,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert [slot.key for slot in hit.slots] == expected
         assert hit.receipt.reason is reason
         assert hit.receipt.asked == stop
-        assert hit.tokens == sum(slot.pages for slot in hit.slots) * PAGE <= stop
+        assert hit.tokens == self.geometry.tokens_in(hit.slots) <= stop
         assert hit.receipt.by_tier == {"l1": hit.tokens}
         assert [slot.chunk for slot in hit.slots] == list(range(len(hit.slots)))
         assert (hit.lease is None) is (not hit.slots)
@@ -504,7 +503,7 @@ class TestReserving:
     @pytest.mark.parametrize("rest", [0, 1, PAGE - 1, PAGE, PAGE + 1, CHUNK - 1])
     def test_a_tail_is_whole_pages(self, made, rest, tail):
         slots, _ = reserve(made, rig.tokens(CHUNK + rest), tail=tail)
-        pages = [slot.pages for slot in slots]
+        pages = [GEOMETRY.pages_of(slot) for slot in slots]
         assert pages == [PAGES, *([rest // PAGE] if tail and rest >= PAGE else [])]
 
     @pytest.mark.parametrize("bad", [-1, 2**32, "x"])

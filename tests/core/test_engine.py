@@ -543,7 +543,8 @@ class TestMovesFor:
 
     def slots(self, *pages):
         return [
-            Slot(bytes(32), 4096 * (i + 1), 0, 100 + i, count, i) for i, count in enumerate(pages)
+            Slot(bytes(32), 4096 * (i + 1), self.GEOMETRY.slot_bytes(count), 100 + i, i)
+            for i, count in enumerate(pages)
         ]
 
     @pytest.mark.parametrize(
@@ -564,7 +565,7 @@ class TestMovesFor:
         assert [(move.first, move.pages) for move in moves] == expected
         for move in moves:
             slot = next(slot for slot in slots if slot.generation == move.generation)
-            assert (move.offset, move.slot_pages) == (slot.offset, slot.pages)
+            assert (move.offset, move.slot_pages) == (slot.offset, self.GEOMETRY.pages_of(slot))
 
 
 class TestClosing:

@@ -16,7 +16,7 @@ def key(number):
 
 
 def slot(number, **changes):
-    made = Slot(key(number), 4096 * number, 4096, 2**61 + number, 16, 0)
+    made = Slot(key(number), 4096 * number, 4096, 2**61 + number, 0)
     return made._replace(**changes)
 
 
@@ -31,12 +31,12 @@ def test_what_was_added_is_found():
         assert index.slot(entry, 7) == slot(number, chunk=7)
 
 
-@pytest.mark.parametrize("pages", [1, 2**16, 2**31])
-def test_chunks_of_any_number_of_pages(pages):
+@pytest.mark.parametrize("size", [4737, 2**31, 2**40])
+def test_chunks_of_any_size(size):
     index = Index()
     for _ in range(2):
-        entry = index.add(slot(1, pages=pages))
-        assert index.slot(entry, 0).pages == pages
+        entry = index.add(slot(1, size=size))
+        assert index.slot(entry, 0).size == size
         index.remove(entry)
 
 
@@ -60,7 +60,7 @@ def test_entries_are_reused_and_forget_what_they_were():
     entries = [index.add(slot(number)) for number in range(10)]
     for entry in entries[3:6]:
         index.remove(entry)
-    other = [slot(number, size=8192, pages=3) for number in (20, 21, 22, 23)]
+    other = [slot(number, size=8192) for number in (20, 21, 22, 23)]
     again = [index.add(one) for one in other]
     assert sorted(again) == [3, 4, 5, 10]
     for entry, one in zip(again, other, strict=True):

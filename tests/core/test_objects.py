@@ -37,9 +37,9 @@ PAYLOAD = bytes(i * 7 % 256 for i in range(300))
 # changing a byte of this makes everything stored anywhere unreadable: raise VERSION with it
 GOLDEN_HEADER = (
     "4c4d434f424a0d0a"  # magic
-    "0200"  # version
+    "0300"  # version
     "8012"  # header bytes
-    "03000000"  # pages
+    "03000000"  # tokens
     "2c01000000000000"  # payload bytes
     "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"  # key
     "202122232425262728292a2b2c2d2e2f303132333435363738393a3b3c3d3e3f"  # layout
@@ -49,7 +49,7 @@ GOLDEN_HEADER = (
 GOLDEN_TEXT = (
     b'{"layouts":["v1 CPU 16 page x1\\n2 x 75 uint8 [5, 15] x1 in order [0, 1]"],"slices":[0]}'
 )
-GOLDEN_FILE = Path(__file__).with_name("golden") / "object-v2.bin"
+GOLDEN_FILE = Path(__file__).with_name("golden") / "object-v3.bin"
 
 
 def sealed(about=ABOUT, payload=PAYLOAD, background=0xEE):
@@ -95,7 +95,7 @@ def test_a_sealed_object_is_intact():
 
 
 def test_an_object_of_no_bytes():
-    about = replace(ABOUT, pages=0, payload_bytes=0)
+    about = replace(ABOUT, tokens=0, payload_bytes=0)
     assert is_intact(memoryview(sealed(about, b"")), about)
 
 
@@ -130,7 +130,7 @@ def test_more_bytes_than_described_are_not_it():
         replace(ABOUT, layout=bytes(32)),
         replace(ABOUT, key=ABOUT.layout, layout=ABOUT.key),
         replace(ABOUT, text=ABOUT.text + b" "),
-        replace(ABOUT, pages=2),
+        replace(ABOUT, tokens=2),
         replace(ABOUT, payload_bytes=299),
         replace(ABOUT, payload_bytes=301),
     ],

@@ -139,7 +139,7 @@ class Cache:
 
 
 def expected(slot):
-    return blake3(slot.key).digest(length=slot.pages * rig.PAGE_BYTES)
+    return blake3(slot.key).digest(length=GEOMETRY.bytes_in([slot]))
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ class TestWriting:
         chain = rig.chain(rig.tokens(CHUNK + 2 * PAGE))
         for key, pages in ((chain.key(0), PAGES), (chain.tail(1, 2), 2)):
             size = pages * rig.PAGE_BYTES
-            about = Description(key, chain.root, GEOMETRY.layout, pages, size)
+            about = Description(key, chain.root, GEOMETRY.layout, pages * PAGE, size)
             assert is_intact(memoryview(backend.held()[key]), about)
 
     def test_what_was_read_is_not_written_again(self, new_cache, stored):

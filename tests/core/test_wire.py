@@ -294,7 +294,7 @@ class TestBounds:
                 read(bytes(wire.MAX_MESSAGE + 1))
 
     def test_the_longest_list_of_slots_fits_into_a_message(self):
-        slot = Slot(bytes(32), *[(1 << 63) - 1] * 5)
+        slot = Slot(bytes(32), *[(1 << 63) - 1] * 4)
         for body in (
             wire.Reserved([slot] * wire.MAX_SLOTS, Reason.NONE.name),
             wire.Found(

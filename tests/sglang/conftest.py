@@ -55,6 +55,22 @@ def start_sglang(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return start
 
 
+@pytest.fixture(scope="session")
+def start_vllm(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Starts a `harness.Engine` on the tiny model."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    folder = tmp_path_factory.mktemp("vllm")
+    numbers = itertools.count()
+
+    def start(*, env: dict[str, str] | None = None, **engine_args: Any) -> Any:
+        log = folder / f"{next(numbers)}.log"
+        arguments = {"model": str(tiny_model), "max_model_len": 4096, **engine_args}
+        return sys.modules["harness"].Engine(arguments, log=log, env=env)
+
+    return start
+
+
 @pytest.fixture(scope="module")
 def start_lmcache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """Starts servers of ours, and stops them in the end."""
