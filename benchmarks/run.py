@@ -28,10 +28,10 @@ def _text(value: Any) -> str:
 
 def main() -> None:
     """Run the groups that were asked for."""
-    groups = ("copies", "lookups", "index", "service", "vllm", "tiers")
+    groups = ("copies", "lookups", "index", "service", "vllm", "tiers", "sglang")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("groups", nargs="*", choices=[*groups, []], help="default: all")
-    parser.add_argument("--model", help="a model for vLLM; default: the demo's")
+    parser.add_argument("--model", help="a model for engines; default: the demo's")
     parser.add_argument("--tier", action="append", help="a URL for `tiers`; default: files")
     chosen = parser.parse_args()
     wanted = chosen.groups or groups
@@ -39,6 +39,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "examples"))
     import core_costs
     import service_costs
+    import sglang_costs
     import tier_costs
     import vllm_costs
 
@@ -64,7 +65,7 @@ def main() -> None:
         ):
             figures = results["service"][measure.__name__] = measure()
             show(title, figures)
-    if {"vllm", "tiers"}.intersection(wanted):
+    if {"vllm", "tiers", "sglang"}.intersection(wanted):
         from model import prepare_model
 
         model = chosen.model or str(prepare_model())
@@ -78,6 +79,9 @@ def main() -> None:
     if "tiers" in wanted:
         results["tiers"] = tier_costs.run(model, chosen.tier or [])
         show("vLLM, time to the first token after all was killed", results["tiers"])
+    if "sglang" in wanted:
+        results["sglang"] = sglang_costs.run(model)
+        show("SGLang, time to the first token of 2,100 tokens", results["sglang"])
 
     folder = ROOT / "bench-results"
     folder.mkdir(exist_ok=True)

@@ -122,8 +122,8 @@ class Config(BaseModel):
     )
     exchange: Text = Field(
         default="",
-        description="Name under which engines of different kinds share chunks. All of them must"
-        " serve the same weights: nothing checks that.",
+        description="Name under which engines of different kinds share chunks; all that are told"
+        " the same must serve the same weights.",
     )
     enable_kv_events: Flag = Field(
         default=False, description="Tell the engine what was stored, as KV events."

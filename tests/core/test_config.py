@@ -43,6 +43,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "priority_limit": st.none() | st.integers(-100, 100),
     "model_id": st.none() | NAMES,
     "weight_generation": NAMES,
+    "exchange": NAMES,
     "enable_kv_events": st.booleans(),
     "metrics_port": st.integers(0, 65535),
     "lmcache_instance_id": st.none() | NAMES,

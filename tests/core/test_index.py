@@ -90,7 +90,7 @@ def test_a_pinned_entry_is_not_removed():
 
 def test_numbers_as_large_as_a_slab_can_make_them():
     index = Index()
-    large = slot(1, offset=2**45, size=2**33, generation=2**62 + 1, pages=2**16 - 1)
+    large = slot(1, offset=2**45, size=2**33, generation=2**62 + 1)
     entry = index.add(large)
     assert index.slot(entry, 0) == large
     index.pins[entry] += 100_000  # as many requests may wait for one system prompt

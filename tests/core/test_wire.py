@@ -761,7 +761,7 @@ class TestService:
             for start in (0, 2 * CHUNK):
                 do(crowd, ("store", 0, wire.Reserve(start=start, tail=False, **lookups)))
             assert len(crowd.decider) == 4
-            say(crowd, 1, 1, wire.Lookup(owner="a", **lookups))
+            say(crowd, 0, 1, wire.Lookup(owner="a", **lookups))
             found = crowd.answered[-1].body
             assert (len(found.slots), found.tokens, found.asked) == (2, 2 * CHUNK, 2 * CHUNK)
 

@@ -80,6 +80,6 @@ class Gpu:
         self.device = LazyDevice(None, seed)
         self.stream = self.device.stream()
 
-    def copier_for(self, layout, slab, tensors):
+    def copier_for(self, layout, slab, tensors, places=()):
         """In place of the core's."""
         return GpuPages(self, layout, slab)

@@ -135,7 +135,7 @@ def test_a_slab_that_cannot_be_let_go_of_is_told(make_engine, closing, lines):
 def test_memory_for_a_copier_that_cannot_be_made_is_let_go_of(make_engine, monkeypatch, lines):
     slabs = []
 
-    def fails(layout, slab, tensors):
+    def fails(layout, slab, tensors, places):
         slabs.append(slab)
         raise RuntimeError("no memory for the buffers")
 
