@@ -1,4 +1,4 @@
-"""What a hit saves in a real SGLang on a CPU: times to the first token, of requests that take turns.
+"""What a hit saves in a real SGLang on a CPU: times to the first token, in turn.
 
 `scripts/setup.sh test` installs the versions; the tests' own rig starts them.
 """

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
-
-torch = pytest.importorskip("torch", reason="torch is not installed")
-pytest.importorskip("vllm", reason="vLLM is not installed")
+import torch
 
 from lmcache.adapters.vllm.exchange import exchanged
 from lmcache.core.errors import LayoutError
