@@ -15,8 +15,10 @@ import torch
 from pool import MODEL, Pool, finish, forward, mapping, match, tokens
 
 from lmcache.adapters.sglang import translate
+from lmcache.adapters.sglang.settings import load_settings
 from lmcache.adapters.sglang.worker import Loading
 from lmcache.core.errors import ConfigError, LayoutError
+from lmcache.core.exchange import exchange_namespace
 from lmcache.integration.sglang.sglang_adapter import LMCacheLayerwiseConnector, LoadMetadata
 
 HERE = Path(__file__).resolve().parent
@@ -341,6 +343,16 @@ class TestWhatCannotBe:
         with pytest.raises(ConfigError, match=option):
             make(Pool())
 
+    def test_an_exchange_of_two_ranks(self, make):
+        with pytest.raises(LayoutError, match="one rank, this one has 2"):
+            make(Pool(), tp_size=2, exchange="e")
+
+    def test_an_exchange_of_layers_that_are_not_alike(self, make):
+        pool = Pool()
+        pool.k[1], pool.v[1] = pool.k[1][:, :1].clone(), pool.v[1][:, :1].clone()
+        with pytest.raises(LayoutError, match="layers that are all alike"):
+            make(pool, exchange="e")
+
     def test_a_key_nobody_knows(self, make):
         with pytest.raises(ConfigError, match="chunk_sizes"):
             make(Pool(), chunk_sizes=3)
@@ -374,6 +386,21 @@ class TestKeys:
         ]
         assert key() == key()
         assert len({key(), *others}) == len(others) + 1
+
+    def test_in_an_exchange_only_its_name_counts_and_what_the_pools_hold(self, settings):
+        """The rest is how one engine names what is the same in another."""
+        loaded = load_settings(settings(exchange="e")).config
+        pools = [torch.zeros(9, 2, 16)] * 4
+        said = translate.namespace_of(MODEL, loaded, pools, "tp0of1")
+        assert said == exchange_namespace("e", "")
+        changed = loaded.model_copy(update={"weight_generation": "2"})
+        assert translate.namespace_of(MODEL, changed, pools, "tp0of1") != said
+        layouts = {
+            translate.layout_of(pools, exchanged=exchanged).fingerprint
+            for pools in (pools, pools[:2], [pool.half() for pool in pools])
+            for exchanged in (True, False)
+        }
+        assert len(layouts) == 6
 
 
 POISONED = 3

@@ -233,6 +233,30 @@ def test_a_key_nobody_knows_stops_the_engine(make_engine, rig):
         make_engine(options={"chunk_sise": 16})
 
 
+def test_an_exchange_that_is_to_be_loaded_layer_by_layer(make_engine):
+    from lmcache.core.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="unset use_layerwise"):
+        make_engine(options={"exchange": "e", "use_layerwise": True})
+
+
+def test_an_exchange_whose_pages_the_server_is_to_copy(make_engine, make_house):
+    from lmcache.core.errors import ConfigError
+
+    lent = {"lmcache.mp.mp_transfer_mode": "lmcache_driven"}
+    with pytest.raises(ConfigError, match="set lmcache.mp.mp_transfer_mode to engine_driven"):
+        make_engine(house=make_house(), options={"exchange": "e"}, extra=lent)
+
+
+def test_in_an_exchange_only_its_name_counts(rig, base_config):
+    from lmcache.adapters.vllm.translate import namespace_of
+    from lmcache.core.config_keys import Config
+    from lmcache.core.exchange import exchange_namespace
+
+    config = Config(exchange="e", weight_generation="2")
+    assert namespace_of(base_config, config) == exchange_namespace("e", "2")
+
+
 def test_keys_of_others_are_theirs(make_engine):
     engine = make_engine(extra={"use_layerwise": False, "nixl.something": 1})
     engine.generate("a", range(40))
