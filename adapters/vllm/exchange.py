@@ -46,7 +46,7 @@ class _Layer(NamedTuple):
     head_dim: int
 
 
-def exchanged(
+def exchange_pages(
     vllm_config: VllmConfig,
     kv_cache_config: Any,
     kv_caches: Mapping[str, torch.Tensor],

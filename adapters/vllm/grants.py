@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import vllm
 
-from lmcache.adapters.vllm.exchange import Pages, exchanged
+from lmcache.adapters.vllm.exchange import Pages, exchange_pages
 from lmcache.adapters.vllm.groups import groups_of
 from lmcache.adapters.vllm.translate import (
     backends_of,
@@ -65,7 +65,7 @@ class VllmGrants(Grants):
         axes = {n: page_axis(version, backends[n], t.dim()) for n, t in kv_caches.items()}
         self.keeps_all = groups.keep_all
         if self._exchanged:
-            self._open(exchanged(self._vllm_config, self._kv_cache_config, kv_caches, axes))
+            self._open(exchange_pages(self._vllm_config, self._kv_cache_config, kv_caches, axes))
             return {}
         layout = layout_of(kv_caches, backends, self._kv_cache_config, groups, vllm.__version__)
         tensors, regions = distinct(kv_caches)

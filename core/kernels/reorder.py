@@ -1,6 +1,6 @@
 """Copies pages whose objects are in another order than the engine's, word by word.
 
-In plain torch, on any device, ordered by its current stream; not the fast path.
+In plain torch, on any device; not the fast path. Copies and the device wait for each other.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ReorderedPages:
         self._slab = torch.frombuffer(slab.view, dtype=torch.uint8)
 
     def mark(self) -> None:
-        """A copy is ordered by the stream anyway."""
+        """A copy waits for all that the device has to do."""
 
     def copy(
         self, spans: Sequence[Span], region: int | None, *, to_slab: bool, after: object = None
@@ -51,9 +51,12 @@ class ReorderedPages:
         """Copy `spans`, whose payloads are slab offsets; done when this returns."""
         self._planner.pages(spans)  # refuses pages and objects that are out of range
         chosen = range(len(self._memory)) if region is None else (region,)
-        return sum(
+        self._wait()
+        size = sum(
             self._copy_region(span, index, to_slab=to_slab) for span in spans for index in chosen
         )
+        self._wait()
+        return size
 
     def stay_near(self) -> None:
         """On the nodes of the engine's main thread."""
@@ -62,6 +65,11 @@ class ReorderedPages:
     def close(self) -> None:
         """Let go of the slab."""
         self._slab = torch.empty(0, dtype=torch.uint8)
+
+    def _wait(self) -> None:
+        device = self._memory[0].device
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
 
     def _copy_region(self, span: Span, index: int, *, to_slab: bool) -> int:
         memory, region = self._memory[index], self._layout.regions[index]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lmcache.adapters.vllm.exchange import exchanged
+from lmcache.adapters.vllm.exchange import exchange_pages
 from lmcache.core.errors import LayoutError
 from lmcache.core.geometry import Geometry
 from lmcache.core.kernels.copier import copier_for
@@ -79,7 +79,7 @@ def learned(module, tensors, page_tokens, axis=0, *, ranks=1, groups=1, spec=Ful
     group = SimpleNamespace(kv_cache_spec=spec(page_tokens))
     kv_cache_config = SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[group] * groups)
     caches = dict(zip(names, tensors, strict=True))
-    return exchanged(config, kv_cache_config, caches, dict.fromkeys(names, axis))
+    return exchange_pages(config, kv_cache_config, caches, dict.fromkeys(names, axis))
 
 
 def prompt(tokens, dtype):
