@@ -9,29 +9,24 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmcache.core.allocator import Allocator
-from lmcache.core.index import ABSENT, ALL, Index, Slot
+from lmcache.core.index import ABSENT, ALL, Slot
 from lmcache.core.leases import Lease, Leases
 from lmcache.core.metrics import Counters
 from lmcache.core.objects import Description, start_header
 from lmcache.core.receipts import Reason, Receipt
-from lmcache.core.slab import CONTROL_BYTES
+from lmcache.core.shelf import Listeners, Shelf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from lmcache.core.chain import KeyChain
     from lmcache.core.eviction import EvictionPolicy
     from lmcache.core.geometry import Geometry
     from lmcache.core.keys import ChunkKey
     from lmcache.core.slab import Slab
-
-REMEMBERED = 65_536
-"""How many evicted keys are remembered, to tell "evicted" from "never stored"."""
 
 
 @dataclass(frozen=True)
@@ -73,39 +68,33 @@ class Decider:
         self.slab = slab
         self.counters = counters or Counters()
         self.leases = Leases()
-        self.on_commit: Callable[[Slot], None] | None = None
-        """Told of every complete slot that a slower tier lacks. This and the others, under the
-        lock."""
-        self.on_use: Callable[[Iterator[Slot]], None] | None = None
-        """Told of those that were found, or that an engine would have stored again."""
-        self.on_pressure: Callable[[Iterator[Slot]], None] | None = None
-        """Told of those of them that are the next to be evicted and that late tiers lack, once."""
-        self.late_from = ALL
-        """How many tiers come before the first that is to hear of them."""
-        self._pressed = 0
-        """Bytes placed since then."""
-        self._policy = policy
-        self._used: list[int] = []
-        """Entries that were used and the policy has not been told of, in their order."""
-        self.keep = keep
+        self._shelf = Shelf(slab.size, policy, self.counters, keep=keep)
+        self._index = self._shelf.index
         self._lease_s = lease_s
         self._patience_s = patience_s
         self._clock = clock
-        self._index = Index()
-        self._allocator = Allocator(slab.size - CONTROL_BYTES, start=CONTROL_BYTES)
         self._reserved: dict[ChunkKey, Slot] = {}
-        self._evicted: OrderedDict[ChunkKey, None] = OrderedDict()
         self._generation = secrets.randbits(62)
 
     @property
     def capacity_bytes(self) -> int:
         """Bytes available to slots."""
-        return self._allocator.capacity
+        return self._shelf.capacity_bytes
 
     @property
     def free_bytes(self) -> int:
         """Bytes no slot occupies."""
-        return self._allocator.free_bytes
+        return self._shelf.free_bytes
+
+    @property
+    def keep(self) -> bool:
+        """Whether chunks stay when nobody holds a lease on them."""
+        return self._shelf.keep
+
+    @property
+    def listeners(self) -> Listeners:
+        """Who is told of chunks."""
+        return self._shelf.listeners
 
     def gauges(self) -> dict[str, float]:
         """Levels worth watching."""
@@ -130,7 +119,7 @@ class Decider:
     @property
     def policy_name(self) -> str:
         """What the eviction policy calls itself."""
-        return type(self._policy).__name__.removesuffix("Policy")
+        return type(self._shelf.policy).__name__.removesuffix("Policy")
 
     # ---- reading
 
@@ -204,7 +193,7 @@ class Decider:
         """Why `key` is not in the slab."""
         if key in self._reserved:
             return Reason.BEING_WRITTEN
-        return Reason.EVICTED if key in self._evicted else Reason.NEVER_STORED
+        return Reason.EVICTED if key in self._shelf.evicted else Reason.NEVER_STORED
 
     def lease(self, owner: str, entries: list[int], *, is_use: bool = True) -> Lease:
         """Keep complete entries in place. The last ones become the first to be evicted later.
@@ -215,7 +204,7 @@ class Decider:
         for entry in entries:
             pins[entry] += 1
         if is_use:
-            self._used.extend(reversed(entries))
+            self._shelf.used(reversed(entries))
         lease = Lease(owner, list(entries), self._clock() + self._lease_s)
         self.leases.add(lease)
         return lease
@@ -226,8 +215,8 @@ class Decider:
             if lease is None or not self.leases.take(lease):
                 return
             for entry in lease.entries:
-                self._unpin(entry)
-            self._informed()
+                self._shelf.unpin(entry)
+            self._shelf.informed()
 
     # ---- writing
 
@@ -249,7 +238,7 @@ class Decider:
         with self.lock:
             self._expire()
             slots, reason = self._reserve(wanted, geometry, chain.root)
-            self._informed()
+            self._shelf.informed()
         return slots, reason
 
     def _reserve(
@@ -260,7 +249,7 @@ class Decider:
             if key in self._reserved:
                 continue
             if (entry := self._index.find(key)) != ABSENT:
-                self._used.append(entry)
+                self._shelf.used([entry])
                 continue
             slot = self.place(key, geometry, pages, chunk, root)
             if slot is None:
@@ -273,12 +262,9 @@ class Decider:
     ) -> Slot | None:
         """Reserve one slot, evicting what must go; None if all the rest is leased or reserved."""
         size = geometry.slot_bytes(pages)
-        offset = self._room_for(size)
+        offset = self._shelf.place(size)
         if offset is None:
-            self.counters.add("refused")
             return None
-        if self.on_pressure:
-            self._press(size)
         self._generation += 1
         slot = Slot(key, offset, size, self._generation, chunk)
         self._reserved[key] = slot
@@ -293,16 +279,14 @@ class Decider:
         """
         with self.lock:
             del self._reserved[slot.key]
-            self._evicted.pop(slot.key, None)
-            entry = self._index.add(slot, lacking=lacking)
-            self._informed().add(entry, slot.key)
-            self._index.pins[entry] += 1
+            entry = self._shelf.add(slot, lacking=lacking)
+            self._shelf.pin(entry)
             try:
-                if lacking and self.on_commit:
-                    self.on_commit(slot)
+                if lacking and self.listeners.on_commit:
+                    self.listeners.on_commit(slot)
             finally:
                 if lacking == ALL:
-                    self._unpin(entry)
+                    self._shelf.unpin(entry)
                 else:  # who has read it is about to lease it
                     self._index.pins[entry] -= 1
             return entry
@@ -315,7 +299,7 @@ class Decider:
         """A reserved slot will never be complete, and nobody writes to it any more."""
         with self.lock:
             del self._reserved[slot.key]
-            self._allocator.free(slot.offset, slot.size)
+            self._shelf.free(slot)
 
     def discard(self, key: ChunkKey, generation: int) -> None:
         """Drop a complete chunk that turned out to be bad, unless it is leased or replaced."""
@@ -323,102 +307,25 @@ class Decider:
             entry = self._index.find(key)
             if entry == ABSENT or self._index.generation[entry] != generation:
                 return
-            if self._index.pins[entry] == 0:
-                self._drop(entry, evicted=False)
+            self._shelf.drop_idle(entry)
 
     def clear(self) -> int:
         """Drop every chunk that is not leased; returns how many."""
         with self.lock:
-            idle = [e for e in self._informed().victims() if self._index.pins[e] == 0]
-            for entry in idle:
-                self._drop(entry, evicted=False)
-            return len(idle)
+            return self._shelf.clear()
 
     # ---- below the lock
 
     def pin(self, key: ChunkKey) -> int:
         """Keep one complete entry in place until `unpin`."""
         entry = self._index.find(key)
-        self._index.pins[entry] += 1
+        self._shelf.pin(entry)
         return entry
 
     def unpin(self, entry: int) -> None:
         """Undo one `pin`."""
         with self.lock:
-            self._unpin(entry)
-
-    def _unpin(self, entry: int) -> None:
-        if not self.keep:
-            self._informed()  # whoever is told of its last use may pin it
-        self._index.pins[entry] -= 1
-        if not self.keep and self._index.pins[entry] == 0:
-            self._drop(entry, evicted=False)
-
-    def _informed(self) -> EvictionPolicy:
-        """The policy, told of every use so far, which would be half the time of a lookup."""
-        if self._used:
-            used, self._used = self._used, []
-            for entry in used:
-                self._policy.touch(entry)
-            if self.on_use:
-                lacking = self._index.lacking
-                self.on_use(self._index.slot(e, 0) for e in used if lacking[e])
-        return self._policy
-
-    def _press(self, size: int) -> None:
-        """Every 64th part of the slab, tell of the next 8th to be evicted, once it is needed."""
-        self._pressed += size
-        if self._pressed < self.capacity_bytes // 64 or self.free_bytes > self.capacity_bytes // 8:
-            return
-        self._pressed = 0
-        leaving = list(self._victims(self.capacity_bytes // 8))
-        due = [entry for entry in leaving if self._is_due(entry)]
-        assert self.on_pressure
-        self.on_pressure(self._index.slot(entry, 0) for entry in due)
-        for entry in due:
-            self._index.told[entry] = True
-
-    def _is_due(self, entry: int) -> bool:
-        """Whether a tier is to be given it before it leaves, and has not been told."""
-        return self._index.lacking[entry] > self.late_from and not self._index.told[entry]
-
-    def hear_no_more(self) -> None:
-        """Tell nobody of anything any more."""
-        self.on_commit = self.on_use = self.on_pressure = None
-
-    def _room_for(self, size: int) -> int | None:
-        while (offset := self._allocator.allocate(size)) is None:
-            victims = list(self._victims(size))
-            gain = sum(self._allocator.rounded(self._index.size[entry]) for entry in victims)
-            if not victims or self.free_bytes + gain < size:
-                return None  # and nothing was evicted for nothing
-            for entry in victims:
-                self._drop(entry, evicted=True)
-                self.counters.add("evictions")
-        return offset
-
-    def _victims(self, size: int) -> Iterator[int]:
-        """The next entries to evict that together would hold `size` bytes."""
-        found = 0
-        for entry in self._informed().victims():
-            if self._index.pins[entry]:
-                continue
-            yield entry
-            found += self._index.size[entry]
-            if found >= size:
-                return
-
-    def _drop(self, entry: int, *, evicted: bool) -> None:
-        offset, size = self._index.offset[entry], self._index.size[entry]
-        if evicted and self.on_pressure and self._is_due(entry):
-            self.counters.add("tier_dropped")
-        self._informed().remove(entry, evicted=evicted)
-        key = self._index.remove(entry)
-        self._allocator.free(offset, size)
-        if evicted:
-            self._evicted[key] = None
-            if len(self._evicted) > REMEMBERED:
-                self._evicted.popitem(last=False)
+            self._shelf.unpin(entry)
 
     def _expire(self) -> None:
         for lease in self.leases.expired(self._clock()):

@@ -37,13 +37,14 @@ class TierWrites:
         self._sightings = Sightings()
         self._tiers = list(tiers)
         if tiers:
-            decider.on_commit = self._committed
+            decider.listeners.on_commit = self._committed
         self._counts = any(tier.write.sightings > 1 for tier in tiers)
         if self._counts:
-            decider.on_use = self._used
+            decider.listeners.on_use = self._used
         late = [number for number, tier in enumerate(tiers) if tier.write.at_eviction]
         if late:
-            decider.on_pressure, decider.late_from = self._leaving, late[0]
+            decider.listeners.on_pressure = self._leaving
+            decider.listeners.late_from = late[0]
 
     def _committed(self, slot: Slot) -> None:
         """A chunk has become complete: an engine has stored it, or it was read from a tier.

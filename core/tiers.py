@@ -120,7 +120,7 @@ class Tiers:
             self.forget(owner)
             fetch.done.set()
         with self._decider.lock:
-            self._decider.hear_no_more()
+            self._decider.listeners.leave()
         deadline = time.monotonic() + timeout_s
         pools = [self._reads.pool, *(pool for t in self._tiers for pool in (t.writes, t.reads))]
         for pool in pools:

@@ -13,7 +13,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lmcache.core import decider as decider_module
 from lmcache.core.eviction.arc import ARCPolicy
 from lmcache.core.eviction.lru import LRUPolicy
 from lmcache.core.eviction.s3fifo import S3FIFOPolicy
@@ -58,7 +57,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.made = rig.decider(
             slots, policy=policy(), keep=keep, lease_s=LEASE_S, clock=self.clock
         )
-        self.made.on_commit = self.offered
+        self.made.listeners.on_commit = self.offered
         self.flights = Flights(self.made, self.geometry, [0])
         self.reserved = []
         self.complete = {}
@@ -465,7 +464,7 @@ class TestRoom:
         assert lookup_tokens(made, rig.tokens(3 * CHUNK)) == 3 * CHUNK
 
     def test_the_memory_of_the_evicted_is_bounded(self, workshop, monkeypatch):
-        monkeypatch.setattr(decider_module, "REMEMBERED", 3)
+        monkeypatch.setattr("lmcache.core.shelf.REMEMBERED", 3)
         made = workshop.decider(1)
         for seed in range(6):
             store(made, rig.tokens(CHUNK, seed))
@@ -559,10 +558,10 @@ class TestLeases:
         store(made, rig.tokens(2 * CHUNK))
         for _ in range(100):
             made.release(lookup(made, rig.tokens(2 * CHUNK)).lease)
-        assert not made._used
+        assert not made._shelf._used
         for _ in range(100):
             reserve(made, rig.tokens(2 * CHUNK))
-        assert not made._used
+        assert not made._shelf._used
 
     def test_many_leases_on_one_chunk(self, made):
         """A system prompt that a hundred thousand waiting requests share."""
@@ -614,7 +613,7 @@ class TestNotKeeping:
 
     def test_a_chunk_stays_while_it_is_pinned_or_leased(self, made):
         pinned = []
-        made.on_commit = lambda slot: pinned.append(made.pin(slot.key))
+        made.listeners.on_commit = lambda slot: pinned.append(made.pin(slot.key))
         store(made, rig.tokens(2 * CHUNK))
         hit = lookup(made, rig.tokens(2 * CHUNK))
         for entry in pinned:
@@ -636,7 +635,7 @@ class TestNotKeeping:
 def test_whoever_hears_of_the_last_use_may_keep_a_chunk_that_was_to_go(workshop):
     made = workshop.decider(4, keep=False)
     kept = []
-    made.on_use = lambda slots: kept.extend(made.pin(slot.key) for slot in slots)
+    made.listeners.on_use = lambda slots: kept.extend(made.pin(slot.key) for slot in slots)
     [slot], _ = reserve(made, rig.tokens(CHUNK))
     with made.lock:
         lease = made.lease("r", [made.commit(slot, GEOMETRY, lacking=1)])
@@ -650,7 +649,7 @@ def test_an_error_of_the_listener_leaves_the_chunk_in_order(made):
     def fail(slot):
         raise RuntimeError("on purpose")
 
-    made.on_commit = fail
+    made.listeners.on_commit = fail
     [slot], _ = reserve(made, rig.tokens(CHUNK))
     with pytest.raises(RuntimeError, match="on purpose"):
         made.commit(slot, GEOMETRY)
@@ -660,7 +659,7 @@ def test_an_error_of_the_listener_leaves_the_chunk_in_order(made):
 
 def test_what_no_tier_lacks_is_not_announced(made):
     seen = []
-    made.on_commit = lambda slot: seen.append(slot.chunk)
+    made.listeners.on_commit = lambda slot: seen.append(slot.chunk)
     first, second, third = reserve(made, rig.tokens(3 * CHUNK))[0]
     made.commit(second, GEOMETRY, lacking=0)
     made.commit(first, GEOMETRY)

@@ -215,7 +215,7 @@ def test_an_error_in_one_chunk_leaks_no_other(scene):
         if len(seen) == 1:
             raise RuntimeError("on purpose")
 
-    scene.decider.on_commit = fail_first
+    scene.decider.listeners.on_commit = fail_first
     slots = scene.reserve(3, seed=1)
     number = scene.flights.depart(slots, [hit.lease], hit.slots)
     for slot in slots[:2]:
@@ -236,7 +236,7 @@ def test_nothing_in_the_air(scene):
 
 def test_what_is_not_kept_is_gone_once_loaded(workshop):
     scene = Scene(workshop, keep=False)
-    scene.decider.on_commit = lambda slot: pins.append(scene.decider.pin(slot.key))
+    scene.decider.listeners.on_commit = lambda slot: pins.append(scene.decider.pin(slot.key))
     pins = []
     hit = scene.stored()
     scene.decider.unpin(pins.pop())

@@ -1236,9 +1236,9 @@ for slot in slots:
 
     def test_a_chunk_offered_while_closing_is_dropped(self, new_cache, backend):
         cache = new_cache(backend)
-        offer = cache.decider.on_commit
+        offer = cache.decider.listeners.on_commit
         cache.tiers.close()
-        cache.decider.on_commit = offer  # as if it had been read just before
+        cache.decider.listeners.on_commit = offer  # as if it had been read just before
         cache.store(rig.tokens(CHUNK))
         assert cache.counters["tier_dropped"] == 1
         cache.assert_idle()

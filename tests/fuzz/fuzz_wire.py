@@ -120,7 +120,7 @@ class Scene:
         assert len(decider.leases) == 0
         decider.clear()
         assert decider.free_bytes == decider.capacity_bytes
-        decider._evicted.clear()
+        decider._shelf.evicted.clear()
         service._memo.__init__(service._memo._most_tokens)
         for number in SESSIONS:
             self._admit(number)

@@ -101,7 +101,7 @@ class Traffic:
 def break_some(decider, geometry, rng):
     """Have random complete slots hold something else than what the index says."""
     with decider.lock:
-        entries = list(decider._policy.victims())
+        entries = list(decider._shelf.policy.victims())
         for entry in rng.sample(entries, min(2, len(entries))):
             tag = decider._index.offset[entry] + geometry.tag_offset(0)
             decider.slab.write_word(tag, 1)

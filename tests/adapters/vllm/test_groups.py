@@ -83,7 +83,7 @@ def test_a_slot_that_is_not_what_it_was(make):
     engine = make()
     engine.generate("cold", range(100))
     geometry, decider = engine.cache.geometry, engine.decider
-    [entry, *_] = list(decider._policy.victims())
+    [entry, *_] = list(decider._shelf.policy.victims())
     decider.slab.write_word(decider._index.offset[entry] + geometry.tag_offset(0), 1)
     engine.generate("warm", range(100))
     assert len(engine.runner.refused) == 1

@@ -10,7 +10,8 @@ PAGE, CHUNK = 4, 16
 def break_chunks(engine, *chunks):
     """Have the slots of these chunks hold something else than what the index says."""
     decider = engine.cache.decider
-    entries = sorted(decider._policy.victims(), key=lambda entry: decider._index.offset[entry])
+    victims = decider._shelf.policy.victims()
+    entries = sorted(victims, key=lambda entry: decider._index.offset[entry])
     geometry = engine.cache.geometry
     for chunk in chunks:
         for index in range(len(geometry.slices)):
