@@ -72,8 +72,35 @@ def take_keys(memo: Memo[KeyChain], chain: KeyChain, *, keep: bool = True) -> No
         chain.adopt(like, common(tokens, like.tokens))
 
 
+def grown(memo: Memo[KeyChain], chain: KeyChain, more: memoryview) -> array[int]:
+    """The tokens of a sequence and `more` behind them, as bytes.
+
+    If a known sequence is the same so far, these are its own: fresh memory costs more than to
+    compare. So nothing may be changed in place.
+    """
+    at, size = len(chain.tokens), 4 * chain.chunk_tokens
+    assert isinstance(chain.tokens, array)
+    start = beginning(chain, chain.tokens if at else array("I", bytes(more[:size])))
+    like = memo.get(start) if start else None
+    if like and len(like.tokens) == at + len(more) // 4:
+        theirs = memoryview(like.tokens).cast("B")  # type: ignore[arg-type]
+        ours = memoryview(chain.tokens).cast("B")
+        if _are_same(theirs[: 4 * at], ours) and _are_same(theirs[4 * at :], more):
+            assert isinstance(like.tokens, array)
+            return like.tokens
+    tokens = chain.tokens[:]
+    tokens.frombytes(more)
+    return tokens
+
+
+def _are_same(one: memoryview, other: memoryview) -> bool:
+    return np.array_equal(np.frombuffer(one, np.uint32), np.frombuffer(other, np.uint32))
+
+
 def common(ours: array[int], theirs: array[int]) -> int:
     """How many tokens two sequences share from the first on."""
+    if ours is theirs:
+        return len(ours)
     length = min(len(ours), len(theirs))
     differ = np.frombuffer(ours, np.uint32, length) != np.frombuffer(theirs, np.uint32, length)
     first = int(differ.argmax()) if length else 0

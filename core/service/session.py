@@ -14,7 +14,7 @@ from lmcache.core.fetch import Asking
 from lmcache.core.keys import ChunkKey, Insert
 from lmcache.core.log import init_logger
 from lmcache.core.service import wire
-from lmcache.core.service.memo import Memo, take_keys
+from lmcache.core.service.memo import Memo, grown, take_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -267,6 +267,5 @@ class Session:
         count = len(tokens) // 4
         if self.tokens + count > MAX_KNOWN_TOKENS:
             raise UnknownError(f"more than {MAX_KNOWN_TOKENS} tokens in all")
-        assert isinstance(chain.tokens, array)
-        chain.tokens.frombytes(tokens)
+        chain.tokens = grown(self.memo, chain, tokens)
         self.tokens += count

@@ -179,6 +179,32 @@ class TestSharing:
         hit, failed = engine.load(sequence, range(20), owner="other")
         assert (hit.tokens, failed) == (5 * CHUNK, [])
 
+    def test_the_same_tokens_are_kept_once_and_grow_apart(self, house, join):
+        """As memory that nobody has touched yet costs more than to compare."""
+        one, other = join(house), join(house)
+        sequence = rig.tokens(4 * CHUNK)
+        chain, twin = (engine.chain(sequence[: 3 * CHUNK]) for engine in (one, other))
+        one.compute(sequence, range(16))
+        slots, _ = one.client.reserve(chain, 0, 2 * CHUNK, tail=False)  # told in two parts
+        one.run(
+            one.client.depart(slots, []), moves_for(slots, one.client.geometry, range(16), 0, 8)
+        )
+        one.client.reserve(chain, 2 * CHUNK, 3 * CHUNK, tail=False)
+        other.lookup(twin)
+        sessions = house.server.ask(lambda service: list(service.sessions.values()))
+        mine, its = (next(iter(session.sequences.values())) for session in sessions)
+        assert mine.tokens is its.tokens
+        assert list(mine.tokens) == sequence[: 3 * CHUNK]
+        different = other.chain([*sequence[: 3 * CHUNK - 1], sequence[-1]])
+        other.lookup(different)
+        for engine, more in ((one, sequence), (other, [*sequence[: 3 * CHUNK], *range(CHUNK)])):
+            grows = chain if engine is one else twin
+            grows.tokens.extend(more[3 * CHUNK :])
+            engine.client.reserve(grows, 0, 4 * CHUNK, tail=False)
+        assert list(mine.tokens) == sequence
+        assert list(its.tokens) == [*sequence[: 3 * CHUNK], *range(CHUNK)]
+        assert list(sessions[1].sequences[2].tokens) == list(different.tokens)
+
     @pytest.mark.parametrize(
         "later",
         [lambda client: client.depart([], []), lambda client: client.release("r", None)],
