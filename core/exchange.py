@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from lmcache.core.errors import HandoverError, LayoutError
 from lmcache.core.keys import Namespace
 
+DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
+"""A smaller one may be quantized in more than one way."""
 _MARK = "exchange v1"
 
 
@@ -26,6 +28,10 @@ class Content:
     head_dim: int
     dtype: str
     itemsize: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise LayoutError(f"an exchange is for {', '.join(DTYPES)}, not for {self.dtype}")
 
     @property
     def row_bytes(self) -> int:

@@ -79,8 +79,13 @@ class UnifiedLMCacheMPConnector(Wall):
     # ---- lookups
 
     def build_cache_salt(self, cache_salt: str | None, extra_key: str | None) -> str:
-        """What keeps requests of one salt, adapter or other extra key from those of another."""
-        return json.dumps([cache_salt, extra_key]) if cache_salt or extra_key else ""
+        """What keeps requests of one salt, adapter or other extra key from those of another.
+
+        A salt alone stands for itself, as with other engines.
+        """
+        salt = cache_salt or ""
+        is_plain = not extra_key and not salt.startswith("[")
+        return salt if is_plain else json.dumps([cache_salt, extra_key])
 
     def submit_lookup(
         self, request_id: str, token_ids: Sequence[int], *, local_hit_tokens: int, cache_salt: str

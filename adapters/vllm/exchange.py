@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from lmcache.adapters.vllm.translate import distinct
 from lmcache.core.errors import LayoutError
 from lmcache.core.exchange import Content, check_alone
 from lmcache.core.layout import PageLayout, Region
@@ -20,9 +21,8 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
 
-_EXACT = (torch.float32, torch.bfloat16, torch.float16)
-"""Types of a cache that hold every number of `_DIGIT` bits."""
 _DIGIT = 8
+"""Bits of a number that every type of an exchange holds exactly."""
 
 
 class Pages(NamedTuple):
@@ -58,14 +58,15 @@ def exchange_pages(
     order.
     """
     check_alone(vllm_config.parallel_config.world_size)
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1 or type(groups[0].kv_cache_spec).__name__ != "FullAttentionSpec":
-        raise LayoutError("an exchange is for models whose layers all look at all tokens")
-    spec = groups[0].kv_cache_spec
+    if vllm_config.speculative_config is not None:
+        raise LayoutError("an exchange is for engines without speculative decoding")
+    spec = _spec(kv_cache_config)
+    if len(distinct(kv_caches)[0]) < len(kv_caches):
+        raise LayoutError("an exchange is for models whose layers have memory of their own")
     context = vllm_config.compilation_config.static_forward_context
     layers = [
         _Layer(name, context[name], tensor, axes[name], spec.num_kv_heads, spec.head_size)
-        for name, tensor in kv_caches.items()
+        for name, tensor in sorted(kv_caches.items(), key=lambda item: _number(item[0]))
     ]
     first = layers[0]
     content = Content(
@@ -93,6 +94,25 @@ def exchange_pages(
     )
 
 
+def _spec(kv_cache_config: Any) -> Any:
+    """What vLLM says of each layer's pages."""
+    groups = kv_cache_config.kv_cache_groups
+    spec = groups[0].kv_cache_spec
+    is_full = type(spec).__name__ == "FullAttentionSpec"
+    windows = [getattr(spec, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if len(groups) != 1 or not is_full or windows != [None, None]:
+        raise LayoutError("an exchange is for models whose layers all look at all tokens")
+    return spec
+
+
+def _number(name: str) -> int:
+    """A layer's place in the model."""
+    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    if len(numbers) != 1:
+        raise LayoutError(f"{name}: an exchange is for layers that are counted")
+    return numbers[0]
+
+
 def _regions(layer: _Layer, content: Content, page_tokens: int, blocks: int) -> list[Region]:
     """Keys and values. What lies where in a page, only the places say."""
     tensor, axis = layer.tensor, layer.axis
@@ -115,8 +135,8 @@ def _learn(layer: _Layer, page_tokens: int, blocks: int) -> list[torch.Tensor]:
     """Places of the keys and of the values: of each token in turn, all heads."""
     tensor = layer.tensor
     write = getattr(getattr(layer.module, "impl", None), "do_kv_cache_update", None)
-    if write is None or tensor.dtype not in _EXACT:
-        raise LayoutError(f"{layer.name}: nobody says how {tensor.dtype} keys are written")
+    if write is None:
+        raise LayoutError(f"{layer.name}: its backend does not say how keys are written")
     page = blocks // 2
     share = tensor.shape[layer.axis] // blocks
     own = tensor.narrow(layer.axis, page * share, share)
@@ -132,6 +152,8 @@ def _learn(layer: _Layer, page_tokens: int, blocks: int) -> list[torch.Tensor]:
             digits = ((numbers >> shift) % (1 << _DIGIT)).to(tensor.dtype)
             write(layer.module, digits[0], digits[1], tensor, slots)
             found |= own.to(torch.int64) << shift
+    except Exception as error:
+        raise LayoutError(f"{layer.name}: its backend cannot write keys: {error!r}") from error
     finally:
         own.copy_(kept)
     return _places(layer.name, found, own.stride(), numbers)

@@ -115,12 +115,18 @@ def lookup(
     }
 
 
+def _keys_of(session: Session) -> tuple[Any, ...]:
+    """What engines have in common whose keys are the same."""
+    geometry = session.attachment.geometry
+    return session.about.deployment, geometry.layout, geometry.chunk_tokens
+
+
 def _meant(service: Service, name: str) -> Session:
     sessions = list(service.sessions.values())
     chosen = [s for s in sessions if name in ("", s.about.name, s.about.engine)]
     if not chosen:
         raise ServiceError(f"no engine {name!r} is attached" if name else "no engine is attached")
-    if len({(s.about.deployment, s.attachment.geometry) for s in chosen}) > 1:
+    if len({_keys_of(s) for s in chosen}) > 1:
         # engines may share a name, but no id
         names = ", ".join(sorted({s.about.engine if name else s.about.name for s in chosen}))
         raise ServiceError(f"the engines have keys of their own; name one of: {names}")

@@ -19,7 +19,7 @@ from lmcache.core.receipts import Reason, Receipt
 if TYPE_CHECKING:
     from lmcache.core.decider import Hit
 
-PROTOCOL = 1
+PROTOCOL = 2
 MODES = ("auto", "engine_driven", "lmcache_driven")
 """What an engine may ask for; `auto` is the first of the others."""
 MAX_MESSAGE = 32 << 20

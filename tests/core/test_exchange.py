@@ -21,7 +21,7 @@ from lmcache.core.layout import PageLayout, Region, region_of
 from lmcache.core.mover import Move, Mover
 from lmcache.core.slab import CONTROL_BYTES
 
-CONTENT = Content(layers=2, heads=3, head_dim=4, dtype="torch.int32", itemsize=4)
+CONTENT = Content(layers=2, heads=3, head_dim=4, dtype="torch.float32", itemsize=4)
 CHUNK = 16
 
 
@@ -197,7 +197,7 @@ class TestKeys:
             {"layers": 3},
             {"heads": 4},
             {"head_dim": 3},
-            {"dtype": "torch.float32"},
+            {"dtype": "torch.bfloat16"},
         ]
         layouts = {
             PageLayout(_regions(), 4, "x", common=replace(CONTENT, **change).summary).fingerprint
@@ -228,6 +228,11 @@ class TestRefusals:
         with pytest.raises(HandoverError, match="chunks of 16 tokens are no whole pages of 6"):
             geometry_of([hello], 16)
         assert geometry_of([rig.hello(page_tokens=6)], 16).chunk_tokens == 18
+
+    @pytest.mark.parametrize("dtype", ["torch.uint8", "torch.float8_e4m3fn", "torch.int32"])
+    def test_what_may_be_quantized_in_more_than_one_way(self, dtype):
+        with pytest.raises(LayoutError, match=f"not for {dtype}"):
+            replace(CONTENT, dtype=dtype)
 
     def test_several_ranks(self):
         check_alone(1)

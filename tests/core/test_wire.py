@@ -235,7 +235,7 @@ class TestMessages:
         body = decode(kind, sent(kind))
         assert type(body) is kind
         other = wire.decode_answer if kind in REQUESTS else wire.decode_call
-        with pytest.raises(ServiceError, match="not a message of protocol 1"):
+        with pytest.raises(ServiceError, match=f"not a message of protocol {wire.PROTOCOL}"):
             other(sent(kind))
 
     @pytest.mark.parametrize("kind", [*REQUESTS, *REPLIES])
@@ -276,7 +276,7 @@ class TestBounds:
     def test_one_over_a_bound_is_refused(self, kind, name):
         for inside, outside in limits(fields_of(kind)[name].type):
             decode(kind, sent(kind, **{name: inside}))
-            with pytest.raises(ServiceError, match=f"not a message of protocol 1.*{name}"):
+            with pytest.raises(ServiceError, match=f"not a message of protocol {wire.PROTOCOL}.*{name}"):
                 decode(kind, sent(kind, **{name: outside}))
 
     @pytest.mark.parametrize("kind", [*REQUESTS, *REPLIES, *PARTS])

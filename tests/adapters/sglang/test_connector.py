@@ -347,6 +347,10 @@ class TestWhatCannotBe:
         with pytest.raises(LayoutError, match="one rank, this one has 2"):
             make(Pool(), tp_size=2, exchange="e")
 
+    def test_an_exchange_of_numbers_that_may_be_quantized(self, make):
+        with pytest.raises(LayoutError, match="not for torch.uint8"):
+            make(Pool(), exchange="e")
+
     def test_an_exchange_of_layers_that_are_not_alike(self, make):
         pool = Pool()
         pool.k[1], pool.v[1] = pool.k[1][:, :1].clone(), pool.v[1][:, :1].clone()

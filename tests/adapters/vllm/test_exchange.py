@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lmcache.adapters.vllm.exchange import exchange_pages
 from lmcache.core.errors import LayoutError
 from lmcache.core.geometry import Geometry
 from lmcache.core.kernels.copier import copier_for
@@ -36,6 +35,8 @@ class FullAttentionSpec:
     block_size: int
     num_kv_heads: int = HEADS
     head_size: int = DIM
+    sliding_window: int | None = None
+    attention_chunk_size: int | None = None
 
 
 def packed(isa):
@@ -68,15 +69,20 @@ def plain(page_tokens, axis):
     return SimpleNamespace(impl=SimpleNamespace(do_kv_cache_update=write))
 
 
-def learned(module, tensors, page_tokens, axis=0, *, ranks=1, groups=1, spec=FullAttentionSpec):
-    names = [f"model.layers.{n}" for n in range(len(tensors))]
+def learned(
+    module, tensors, page_tokens, axis=0, *, ranks=1, groups=1, speculative=None, names=None, **spec
+):
+    from lmcache.adapters.vllm.exchange import exchange_pages
+
+    names = names or [f"model.layers.{n}.attn" for n in range(len(tensors))]
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(world_size=ranks),
+        speculative_config=speculative,
         compilation_config=SimpleNamespace(
             static_forward_context=dict.fromkeys(names, module),
         ),
     )
-    group = SimpleNamespace(kv_cache_spec=spec(page_tokens))
+    group = SimpleNamespace(kv_cache_spec=FullAttentionSpec(page_tokens, **spec))
     kv_cache_config = SimpleNamespace(num_blocks=BLOCKS, kv_cache_groups=[group] * groups)
     caches = dict(zip(names, tensors, strict=True))
     return exchange_pages(config, kv_cache_config, caches, dict.fromkeys(names, axis))
@@ -191,7 +197,11 @@ def test_what_is_not_kept_as_it_is_computed_is_refused(change):
     [
         (torch.zeros(BLOCKS, 2, 16, HEADS, DIM), {"ranks": 2}, "one rank, this one has 2"),
         (torch.zeros(BLOCKS, 2, 16, HEADS, DIM), {"groups": 2}, "look at all tokens"),
-        (torch.zeros(BLOCKS, 2, 16, HEADS, DIM, dtype=torch.uint8), {}, "nobody says how"),
+        (torch.zeros(BLOCKS, 2, 16, HEADS, DIM), {"sliding_window": 8}, "look at all tokens"),
+        (torch.zeros(BLOCKS, 2, 16, HEADS, DIM), {"attention_chunk_size": 8}, "at all tokens"),
+        (torch.zeros(BLOCKS, 2, 16, HEADS, DIM), {"speculative": "draft"}, "without speculative"),
+        (torch.zeros(BLOCKS, 2, 16, HEADS, DIM), {"names": ["encoder"]}, "that are counted"),
+        (torch.zeros(BLOCKS, 2, 16, HEADS, DIM, dtype=torch.uint8), {}, "not for torch.uint8"),
         (torch.zeros(BLOCKS, 16, HEADS, DIM), {}, "is not"),
     ],
 )
@@ -200,6 +210,24 @@ def test_what_has_no_such_order_is_refused(tensor, changes, reason):
         learned(plain(16, 0), [tensor], 16, **changes)
 
 
+def test_layers_that_have_one_memory_are_refused():
+    """One of them is never written by an engine that keeps both."""
+    tensor = torch.zeros(BLOCKS, 2, 16, HEADS, DIM)
+    with pytest.raises(LayoutError, match="memory of their own"):
+        learned(plain(16, 0), [tensor, tensor], 16)
+
+
+def test_layers_are_in_the_models_order():
+    tensors = [torch.zeros(BLOCKS, 2, 1, HEADS, DIM) for _ in range(11)]
+    names = [f"model.layers.{n}.attn" for n in reversed(range(11))]
+    pages = learned(plain(1, 0), tensors, 1, names=names)
+    bases = [region.base for region in pages.layout.regions[::2]]
+    assert bases == [tensor.data_ptr() for tensor in reversed(tensors)]
+
+
 def test_a_backend_that_does_not_show_how_it_writes_is_refused():
-    with pytest.raises(LayoutError, match="nobody says how"):
-        learned(SimpleNamespace(impl=None), [torch.zeros(BLOCKS, 2, 16, HEADS, DIM)], 16)
+    tensor = torch.zeros(BLOCKS, 2, 16, HEADS, DIM)
+    with pytest.raises(LayoutError, match="does not say how"):
+        learned(SimpleNamespace(impl=None), [tensor], 16)
+    with pytest.raises(LayoutError, match="cannot write keys: .*KeyError"):
+        learned(spoiled(lambda key, value: {}["no such"]), [tensor], 16)
