@@ -724,7 +724,7 @@ class TestTerms:
     @pytest.mark.parametrize(
         ("said", "message"),
         [
-            ({"protocol": 2}, r"house\) speaks protocol 1, the engine speaks 2"),
+            ({"protocol": 1}, r"house\) speaks protocol 2, the engine speaks 1"),
             ({"chunk_size": 99}, "chunks are 16 tokens, the engine was told to use 99"),
             ({"mode": "teleport"}, "the engine wants teleport, the server does engine_driven"),
             ({"token": "guess"}, "the token is not the server's"),

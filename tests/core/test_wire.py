@@ -276,7 +276,7 @@ class TestBounds:
     def test_one_over_a_bound_is_refused(self, kind, name):
         for inside, outside in limits(fields_of(kind)[name].type):
             decode(kind, sent(kind, **{name: inside}))
-            with pytest.raises(ServiceError, match=f"not a message of protocol {wire.PROTOCOL}.*{name}"):
+            with pytest.raises(ServiceError, match=f"not a message of .*{name}"):
                 decode(kind, sent(kind, **{name: outside}))
 
     @pytest.mark.parametrize("kind", [*REQUESTS, *REPLIES, *PARTS])
