@@ -67,14 +67,8 @@ class Index:
 
     def leading(self, keys: Iterable[ChunkKey]) -> list[int]:
         """The entries of `keys`, up to the first that is absent. Safe without a lock, as a hint."""
-        entry_of = self._entry_of
-        entries = []
-        for key in keys:
-            entry = entry_of.get(key)
-            if entry is None:
-                break
-            entries.append(entry)
-        return entries
+        found = map(self._entry_of.get, keys)  # a key is computed when it is its turn
+        return list(iter(found.__next__, None))
 
     def add(self, slot: Slot, *, lacking: int = ALL) -> int:
         """Record a complete slot and return its entry."""
