@@ -1,0 +1,38 @@
+"""A stand-in for TensorRT-LLM, an executor that drives connectors, and what both agree on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = str(Path(__file__).resolve().parent)
+
+# tests belong to no package, and a connector must be importable by its name as TensorRT-LLM does it
+if HERE not in sys.path:
+    sys.path.insert(0, HERE)
+
+import standin
+
+
+@pytest.fixture(params=standin.PROFILES)
+def profile(request):
+    """Each version of TensorRT-LLM in turn, as the only one there is."""
+    with standin.installed(request.param) as profile:
+        yield profile
+
+
+@pytest.fixture
+def main_v2():
+    with standin.installed("main_v2") as profile:
+        yield profile
+
+
+@pytest.fixture
+def later():
+    """Calls what it is given in the end, the last first."""
+    calls = []
+    yield calls.append
+    for call in reversed(calls):
+        call()
