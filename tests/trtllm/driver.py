@@ -19,7 +19,7 @@ import standin_comm
 import standin_creator
 import standin_layout
 from executor import Executor
-from judge import Judge, Watch
+from judge import ExecutorDied, Judge, Violation, Watch
 from plug import mentions
 from standin_manager import KvCacheConnectorManager
 from workload import Options, Trace, Wish
@@ -46,10 +46,15 @@ class Crew:
             for pool, communicator in zip(self.pools, self.communicators, strict=True)
         ]
         errors = [error for error in (future.exception() for future in futures) if error]
-        errors.sort(key=lambda error: isinstance(error, standin_comm.OutOfStep))
         if errors:
-            raise errors[0]
+            raise min(errors, key=self._remoteness)
         return [future.result() for future in futures]
+
+    @staticmethod
+    def _remoteness(error):
+        """How far an error is from what went wrong."""
+        kinds = (Violation, ExecutorDied, standin_comm.OutOfStep)
+        return next((at for at, kind in enumerate(kinds) if isinstance(error, kind)), 1)
 
     def _run(self, communicator, work):
         with standin_comm.bound(communicator):
@@ -191,8 +196,9 @@ class Engine:
         for _ in range(count):
             try:
                 self.crew.each(lambda rank: self.ranks[rank].step())
-            finally:
+            except (ExecutorDied, standin_comm.OutOfStep):
                 self.judge.settle()
+                raise
 
     def run(self, limit=200):
         """Until nothing is left to do."""
@@ -203,6 +209,11 @@ class Engine:
         self.judge.expect(False, "stuck", f"something is left after {limit} iterations")
         self.judge.settle()
         return self
+
+    def clear(self):
+        """Begin the traces anew."""
+        for executor in self.ranks:
+            executor.manager.trace.clear()
 
     def forget(self):
         """Free what the engine only keeps for reuse."""

@@ -198,8 +198,22 @@ class Executor:
         new, cached = ([told(d) for d in ds] for ds in (output.new_requests, output.cached_requests))
         self.manager.trace.add("meta", new, cached)
         self.manager.start_batch(output, self._budget(output))
+        veiled = self._only_to_read(batch)
+        self.stream.enqueue(lambda: self.memory.pools[0].veil(veiled))
         self.manager.start_load(self.stream)
+        self.stream.enqueue(lambda: self.memory.pools[0].veil(veiled))
         return batch
+
+    def _only_to_read(self, batch):
+        """Blocks found on the device for requests that load others; no save may be reading them."""
+        found = {
+            block
+            for each in batch
+            if each.loaded
+            for block in each.request.tables[0][: each.request.matched // self.options.bs]
+        }
+        read = {block for tables in self.saving.values() for block in tables[0]}
+        return sorted(found - read)
 
     def _budget(self, output):
         """Bytes of metadata that a batch may need: it grows with what is new."""

@@ -128,6 +128,10 @@ class Pool:
             if view is not None:
                 view[blocks] = 0xA5 ^ (self._frees % 64)
 
+    def veil(self, blocks):
+        """Turn every bit over: who writes what was there already shows when it is done again."""
+        self.view[blocks] ^= 0xFF
+
     def accept(self, blocks):
         """What was loaded here was looked at, and is the engine's from now on."""
         self.shadow[list(blocks)] = self.view[list(blocks)]

@@ -220,7 +220,7 @@ class Worker(KvCacheConnectorWorker):
     def start_load_kv(self, stream):
         meta = self.get_connector_meta()
         self._clear_connector_meta()
-        loads, self.saves = meta or ([], [])
+        loads, self.saves, *_ = meta or ([], [])
         for job in loads:
             if job.later:
                 self.loading[job.id] = [job, self.polls, stream.record_event()]

@@ -96,10 +96,18 @@ class KvCacheConnectorManager:
         """Tell everybody what is about to run."""
         meta = self._lead("meta", "build_connector_meta", output) if self.scheduler else None
         if self.scheduler:
-            size = len(pickle.dumps(meta))
-            self.judge.expect(size <= budget, "metadata", f"{size} bytes where {budget} are due")
+            self._weigh(meta, budget)
         meta = self.communicator.broadcast(meta, what="meta")
         self.watch("bind", self.worker.bind_connector_meta, meta)
+
+    def _weigh(self, meta, budget):
+        try:
+            size = len(pickle.dumps(meta))
+        except Exception as error:
+            self.judge.expect(False, "metadata", f"it cannot be pickled: {error!r}")
+        else:
+            self.judge.expect(size <= budget, "metadata", f"{size} bytes where {budget} are due")
+        self.judge.settle()
 
     def start_load(self, stream):
         self.trace.add("load")
