@@ -8,6 +8,7 @@ import minimal
 import tensorrt_llm._utils
 from fake_stream import FakeStream
 from minimal import CHOICES, STORE, Job, Scheduler, Worker
+from standin_api import Groups
 
 
 class PromisesAll(Scheduler):
@@ -70,6 +71,13 @@ class NeverForgets(Scheduler):
         return super().request_finished_by_layer_group(request, cache_block_ids_by_layer_group)
 
 
+class KnowsOneGroup(Scheduler):
+    """It has the flat methods only."""
+
+    update_state_after_alloc_by_layer_group = Groups.update_state_after_alloc_by_layer_group
+    request_finished_by_layer_group = Groups.request_finished_by_layer_group
+
+
 class AsksItsRanks(Scheduler):
     def get_num_new_matched_tokens(self, request, num_computed_tokens):
         tensorrt_llm._utils.mpi_allgather(len(self.states))
@@ -92,6 +100,13 @@ class SendsEverything(Scheduler):
 class SendsAThread(Scheduler):
     def build_connector_meta(self, scheduler_output):
         return [], [], lambda: None
+
+
+class LoadsAgain(Worker):
+    """Whatever is bound, whether it is new or not."""
+
+    def _clear_connector_meta(self):
+        pass
 
 
 class Hopes(Worker):

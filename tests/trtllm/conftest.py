@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ HERE = str(Path(__file__).resolve().parent)
 if HERE not in sys.path:
     sys.path.insert(0, HERE)
 
-import standin
+pytest.register_assert_rewrite("suite")
+standin = importlib.import_module("standin")
 
 
 @pytest.fixture(params=standin.PROFILES)

@@ -78,6 +78,7 @@ class Engine:
         self.judge = Judge()
         self.ids = itertools.count(7_000_001, 7919)
         self.wishes, self.requests = [], []
+        self.is_abandoned = False
         self.silent_ids = set()
         """Requests of whose end no connector is told."""
         self.hooks = SimpleNamespace(prepared=lambda executor: None, polling=lambda executor: None)
@@ -90,8 +91,12 @@ class Engine:
     def __exit__(self, kind, error, where):
         with ExitStack() as stack:
             stack.callback(self.crew.close)
-            if kind is None:
+            if kind is None and not self.is_abandoned:
                 self.finish()
+
+    def abandon(self):
+        """It was stopped on the way: nothing is expected of it."""
+        self.is_abandoned = True
 
     # --- bring-up
 
@@ -150,6 +155,8 @@ class Engine:
         else:
             register, handed = manager.worker.register_kv_caches, pools[0].tensor()
         manager.watch("register", register, handed)
+        executor.model.warm_up()
+        manager.trace.clear()
         if manager.scheduler and self.profile.waits_for_start:
             manager.watch("register", manager.scheduler.wait_for_initialization)
 
@@ -176,6 +183,7 @@ class Engine:
 
     def submit(self, tokens, **wish):
         """Ask for something; what the leader knows of it."""
+        assert self.profile.salt or wish.get("salt") is None, "this version has no salt"
         made = Wish(id=next(self.ids), prompt=tuple(tokens), **wish)
         self.wishes.append(made)
         request, *_ = [executor.add(made) for executor in self.ranks]
@@ -199,6 +207,10 @@ class Engine:
             except (ExecutorDied, standin_comm.OutOfStep):
                 self.judge.settle()
                 raise
+
+    def dummy_pass(self):
+        """A forward of padding on all ranks."""
+        self.crew.each(lambda rank: self.ranks[rank].model.run_dummy())
 
     def run(self, limit=200):
         """Until nothing is left to do."""

@@ -103,7 +103,7 @@ class Executor:
         return self.profile.surplus_forward or unread < request.new_tokens
 
     def _has_room(self, request):
-        others = [each for each in self.requests if each.is_asked and each is not request]
+        others = [each for each in self.requests if each.is_admitted and each is not request]
         return request.is_admitted or self.memory.fits(request, others)
 
     def _prepare(self, chosen):
@@ -195,7 +195,9 @@ class Executor:
 
     def _start(self, batch):
         output = self.reporter.output(batch)
-        new, cached = ([told(d) for d in ds] for ds in (output.new_requests, output.cached_requests))
+        new, cached = (
+            [told(d) for d in ds] for ds in (output.new_requests, output.cached_requests)
+        )
         self.manager.trace.add("meta", new, cached)
         self.manager.start_batch(output, self._budget(output))
         veiled = self._only_to_read(batch)

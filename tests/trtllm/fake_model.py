@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from blake3 import blake3
-
 from standin_layout import KvCacheLayerGroup, KvCacheRegion
 
 HEADS = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+
 class Model:
     """The layers of one rank."""
 
@@ -27,6 +28,20 @@ class Model:
         self.manager.trace.add("save")
         self.manager.watch("save", self.manager.worker.wait_for_save, self.stream)
         return self.stream.record_event()
+
+    def warm_up(self):
+        """A pass before there are requests: hooks are called, and nothing is bound."""
+        for layer in range(self.options.layers):
+            self._hook("wait_for_layer_load", layer)
+            self._hook("save_kv_layer", layer)
+        if self.callable:
+            self.manager.watch("callable", self.callable)
+
+    def run_dummy(self):
+        """A pass about no request, of which a connector is not told: what was bound stays so."""
+        self.manager.start_load(self.stream)
+        self.warm_up()
+        self.manager.watch("save", self.manager.worker.wait_for_save, self.stream)
 
     def _launch(self, batch):
         if self.compute is not self.stream:

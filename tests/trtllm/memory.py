@@ -13,9 +13,7 @@ class Memory:
         self.options, self.stream = options, stream
         kinds = {"kv": options.kv, "bs": options.bs, "dtype": options.dtype}
         self.pools = [
-            Pool(
-                options.blocks, options.layers_of(group), rank=rank, split=options.split, **kinds
-            )
+            Pool(options.blocks, options.layers_of(group), rank=rank, split=options.split, **kinds)
             for group in range(len(options.windows))
         ]
         # prefixes are shared where there is one group: a window's are not whole

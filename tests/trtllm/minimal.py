@@ -6,10 +6,9 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import tensorrt_llm
 import torch
 from blake3 import blake3
-
-import tensorrt_llm
 from dict_store import Store
 
 try:
@@ -149,7 +148,7 @@ class Scheduler(KvCacheConnectorScheduler):
             if state:
                 state.tokens += data.new_tokens
                 for table, blocks in zip(state.tables, groups_of(data), strict=True):
-                    table += blocks
+                    table.extend(blocks)
                 saves += self.saves(data, state, data.computed_position)
         return (loads, saves) if loads or saves else None
 

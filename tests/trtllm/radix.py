@@ -41,11 +41,13 @@ class Blocks:
 
     def _evict(self):
         parents = {known.parent for known in self.known.values()}
-        for key, known in self.known.items():
-            if key not in parents and not self.holders[known.block]:
-                self._forget(key)
-                return known.block
-        raise AssertionError("the pool is exhausted")
+        free = [key for key, known in self.known.items() if not self.holders[known.block]]
+        assert free, "the pool is exhausted"
+        # the end of a prefix goes first, or what follows could not be found any more
+        key = next((key for key in free if key not in parents), free[0])
+        block = self.known[key].block
+        self._forget(key)
+        return block
 
     def _forget(self, key):
         del self.key_of[self.known.pop(key).block]

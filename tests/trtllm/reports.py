@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from blake3 import blake3
 
+GROUPS = "new_block_ids_by_layer_group"
+
 
 class Reporter:
     """Makes one version's `SchedulerOutput`, and keeps what was told."""
@@ -23,16 +25,16 @@ class Reporter:
         request = each.request
         fresh = [table[request.reported_blocks :] for table in request.tables]
         flat = fresh[0] if len(fresh) == 1 else []
-        told = dict(
-            request_id=request.id,
-            new_tokens=request.tokens[request.reported_tokens :],
-            new_block_ids=list(flat),
-            computed_position=self._position(each),
-            num_scheduled_tokens=each.count,
-            block_hashes=[] if self.profile.layouts else self._hashes(request, len(flat)),
-            priorities=self._priorities(request, len(flat)),
-            new_block_ids_by_layer_group=fresh if self.profile.layouts else [],
-        )
+        told = {
+            "request_id": request.id,
+            "new_tokens": request.tokens[request.reported_tokens :],
+            "new_block_ids": list(flat),
+            "computed_position": self._position(each),
+            "num_scheduled_tokens": each.count,
+            "block_hashes": [] if self.profile.layouts else self._hashes(request, len(flat)),
+            "priorities": self._priorities(request, len(flat)),
+            GROUPS: fresh if self.profile.layouts else [],
+        }
         if self.profile.salt:
             told[self.profile.salt] = request.salt
         request.is_reported = True
@@ -71,6 +73,3 @@ def told(data):
         data.computed_position,
         data.num_scheduled_tokens,
     )
-
-
-GROUPS = "new_block_ids_by_layer_group"

@@ -17,6 +17,7 @@ from standin_profiles import PROFILES
 __all__ = ["PROFILES", "installed"]
 
 PACKAGE = "tensorrt_llm"
+DERIVED = ("minimal", "broken", "lmcache.integration.tensorrt_llm", "lmcache.adapters.trtllm")
 COLLECTIVES = ("mpi_rank", "mpi_world_size", "mpi_broadcast", "mpi_allgather")
 
 
@@ -73,7 +74,7 @@ def _inside(packages):
 
 
 @contextmanager
-def installed(name, afresh=("minimal", "broken")):
+def installed(name, afresh=DERIVED):
     """One version is there; what is named `afresh` is imported anew, as it derives from it."""
     profile = PROFILES[name]
     kept = {each: sys.modules.pop(each) for each in of(PACKAGE, *afresh)}

@@ -1,4 +1,4 @@
-"""The runtime's end of a connector on one rank: who is asked, who is told, and the ids' protocol."""
+"""The runtime's end of a connector on one rank: who is asked and told what, and the ids."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ class KvCacheConnectorManager:
         self._check_offer(answer, request, computed)
         found, later = answer
         self.trace.add("query", request.id, computed, found, later)
-        if later:
-            self.new["loading"][request.id] = request
         return found, later
 
     def _check_offer(self, answer, request, computed):
@@ -57,6 +55,8 @@ class KvCacheConnectorManager:
 
     def update(self, request, view, groups):
         self.trace.add("update", request.id, *[list(blocks) for blocks in groups])
+        if request.later:
+            self.new["loading"][request.id] = request
         if not self.scheduler:
             return
         if self.profile.layouts:
@@ -143,7 +143,7 @@ class KvCacheConnectorManager:
         self.judge.settle()
 
     def _effects(self, kind, everywhere):
-        over = [each for each in self.local[kind] if all(each in ids[kind] for ids in everywhere)]
+        over = sorted(set.intersection(*(set(ids[kind]) for ids in everywhere)))
         if kind == "saving" and self.profile.one_release:
             over = over[:1]
         return [self.local[kind].pop(each) for each in over]

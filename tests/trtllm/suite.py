@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 
 import pytest
-
+import torch
 from driver import Engine, prompt
 
 FROM_RUNTIME = ("query", "update", "meta", "load", "save", "cancel_load", "reset")
@@ -310,6 +310,32 @@ class ConnectorSuite:
             engine.run()
             engine.audit()
 
+    # --- what is handed over
+
+    @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+    @pytest.mark.parametrize("kv", [1, 2])
+    def test_a_block_is_opaque(self, start, kind, kv):
+        with start(dtype=kind, kv=kv, layers=3) as engine:
+            self.seed(engine, prompt(130))
+            self.expect_found(engine, prompt(130), 128)
+
+    @pytest.mark.parametrize("bs", [16, 64])
+    def test_a_block_may_have_another_size(self, start, bs):
+        with start(bs=bs, max_num_tokens=128, chunked=True) as engine:
+            self.seed(engine, prompt(200))
+            self.expect_found(engine, prompt(200), 192)
+
+    def test_what_was_bound_is_done_once(self, start):
+        with start() as engine:
+            self.seed(engine, prompt(130))
+            self.keep_nothing(engine)
+            engine.submit(prompt(160))
+            engine.run()
+            engine.dummy_pass()
+            engine.submit(prompt(200, seed=1), new_tokens=2)
+            engine.run()
+            engine.audit()
+
     # --- what makes equal tokens differ
 
     @pytest.mark.parametrize("what", ["salt", "lora", "media"])
@@ -352,3 +378,120 @@ class ConnectorSuite:
                     engine.forget()
             engine.run(400)
             engine.audit()
+
+
+class Version2Suite:
+    """What version 2 of the cache manager does besides: K."""
+
+    seed = staticmethod(ConnectorSuite.seed)
+    expect_found = ConnectorSuite.expect_found
+
+    @pytest.fixture
+    def profile(self, main_v2):
+        return main_v2
+
+    @pytest.fixture
+    def start(self, profile, plug):
+        return lambda **options: Engine(profile, plug, **options)
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_a_query_may_come_long_before_its_pass(self, start, overlap):
+        with start(overlap=overlap) as engine:
+            self.seed(engine, prompt(130))
+            engine.submit(prompt(40, seed=1), new_tokens=9)
+            engine.step(2)
+            engine.clear()
+            engine.submit(prompt(160), defer=3)
+            engine.run()
+            calls = order(engine, "query", "meta", "update")
+            assert calls[:6] == ["query", "meta", "meta", "meta", "update", "meta"]
+            assert queries(engine) == [(0, 128)]
+            assert ("new", 160, 5, 0, 32) in reports(engine)
+            engine.audit()
+
+    def test_an_idle_engine_may_wait_too(self, start):
+        with start() as engine:
+            self.seed(engine, prompt(130))
+            engine.submit(prompt(160), defer=2)
+            engine.run()
+            assert [len(new) for _, new, _ in engine.trace.of("meta")] == [0, 0, 1]
+            engine.audit()
+
+    @pytest.mark.parametrize("use", [0, 64, 96])
+    def test_an_offer_may_be_taken_in_part(self, start, use):
+        with start() as engine:
+            self.seed(engine, prompt(130))
+            request = engine.submit(prompt(160), defer=1, use=use)
+            engine.run()
+            assert engine.trace.of("cancel_load") == [("cancel_load", request.id, use, 128)]
+            assert reports(engine) == [("new", 160, 5, 0, 160 - use)]
+            engine.audit()
+
+    def test_a_waiting_request_may_be_asked_about_again(self, start):
+        with start() as engine:
+            self.seed(engine, prompt(130))
+            request = engine.submit(prompt(160), defer=2)
+            engine.step()
+            engine.reset(request)
+            engine.run()
+            assert order(engine, "query", "reset", "update") == [
+                "query",
+                "reset",
+                "query",
+                "update",
+            ]
+            assert reports(engine) == [("new", 160, 5, 0, 32)]
+            engine.audit()
+
+    def test_a_prefill_may_be_replayed(self, start):
+        with start(chunked=True, max_num_tokens=64, blocks=16) as engine:
+            request = engine.submit(prompt(160))
+            engine.step()
+            engine.reset(request)
+            engine.submit(prompt(100, seed=1), new_tokens=3)
+            engine.run()
+            assert [call[0] for call in engine.trace.of("query", "reset")][:3] == [
+                "query",
+                "reset",
+                "query",
+            ]
+            assert [told[0] for told in reports(engine)].count("new") == 3
+            engine.audit()
+
+    def test_a_waiting_request_may_be_cancelled(self, start):
+        with start() as engine:
+            self.seed(engine, prompt(130))
+            request = engine.submit(prompt(160), defer=5)
+            engine.step(2)
+            engine.cancel(request)
+            engine.run()
+            assert order(engine, "update", "finished") == ["finished"]
+            self.expect_found(engine, prompt(160), 128)
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_anything_may_happen(self, start, seed, overlap):
+        chance = random.Random(seed)
+        options = {"chunked": True, "max_num_tokens": 160, "blocks": 40, "layers": 1}
+        with start(overlap=overlap, split=seed == 2, **options) as engine:
+            for _ in range(10):
+                stem = prompt(chance.choice([31, 64, 96, 130]), chance.randrange(3))
+                tail = prompt(chance.randrange(1, 30), chance.randrange(90, 93))
+                use = chance.choice([None, None, 0, 32, 64])
+                about = {"defer": chance.randrange(4), "use": use}
+                request = engine.submit((*stem, *tail), new_tokens=chance.randrange(1, 20), **about)
+                engine.step(chance.randrange(4))
+                if chance.random() < 0.3:
+                    engine.cancel(request)
+                elif request.is_context and request.is_asked and chance.random() < 0.5:
+                    engine.reset(request)
+                if chance.random() < 0.3:
+                    engine.forget()
+            engine.run(400)
+            engine.audit()
+
+    def test_a_pool_may_be_many_regions(self, start):
+        with start(split=True, layers=3, chunked=True, max_num_tokens=128) as engine:
+            engine.submit(prompt(256), new_tokens=3)
+            engine.run()
+            self.expect_found(engine, prompt(257), 256)

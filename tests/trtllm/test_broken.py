@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 
 import pytest
-
 import standin
 from driver import Engine, prompt
 from judge import ExecutorDied, Violation
@@ -43,8 +43,12 @@ def seeded(profile, plug, *prompts, **options):
     return engine
 
 
-def found(rule):
-    return pytest.raises(Violation, match=rule)
+@contextmanager
+def caught(engine, rule, kinds=Violation):
+    """What ends an engine; what is left in it then says nothing."""
+    with pytest.raises(kinds, match=rule):
+        yield
+    engine.abandon()
 
 
 def only(*names):
@@ -57,14 +61,8 @@ def only(*names):
 def test_a_full_hit_promises_a_token_too_many(profile):
     with seeded(profile, broken("PromisesAll"), prompt(128)) as engine:
         engine.submit(prompt(128))
-        with found("at-least-one-uncomputed-token: 0 \\+ 128 of 128"):
+        with caught(engine, "at-least-one-uncomputed-token: 0 \\+ 128 of 128"):
             engine.run()
-        return_at_once(engine)
-
-
-def return_at_once(engine):
-    """What is left of an engine that was stopped says nothing."""
-    engine.finish = lambda: None
 
 
 def test_a_chunked_prefill_saves_garbage(profile):
@@ -75,9 +73,8 @@ def test_a_chunked_prefill_saves_garbage(profile):
         if profile.layouts:  # there are no blocks yet to save from
             assert "save" in request.error
             return
-        with found("content: .* promised positions \\[128, 129, 130\\]"):
+        with caught(engine, "content: .* promised positions \\[128, 129, 130\\]"):
             engine.audit()
-        return_at_once(engine)
 
 
 @only("main_v2")
@@ -91,9 +88,8 @@ def test_lookups_are_forgotten_between_query_and_pass(profile):
         engine.forget()
         assert store.chunks
         engine.submit(prompt(160), defer=2)
-        with found("content: .* promised positions \\[0, 1, 2\\]"):
+        with caught(engine, "content: .* promised positions \\[0, 1, 2\\]"):
             engine.run()
-        return_at_once(engine)
 
 
 def test_what_was_promised_is_evicted(profile):
@@ -101,9 +97,8 @@ def test_what_was_promised_is_evicted(profile):
         store = sys.modules["minimal"].STORE
         engine.hooks.prepared = lambda executor: store.evict()
         engine.submit(prompt(160))
-        with found("content: .* promised positions"):
+        with caught(engine, "content: .* promised positions"):
             engine.run()
-        return_at_once(engine)
 
 
 def test_one_rank_has_lost_it(profile):
@@ -111,9 +106,8 @@ def test_one_rank_has_lost_it(profile):
     with seeded(profile, plug, prompt(128), ranks=2) as engine:
         sys.modules["minimal"].STORE.lose(1)
         engine.submit(prompt(160))
-        with found("content: rank 1, .* promised positions"):
+        with caught(engine, "content: rank 1, .* promised positions"):
             engine.run()
-        return_at_once(engine)
 
 
 def test_blocks_of_the_device_are_written_again(profile):
@@ -121,9 +115,8 @@ def test_blocks_of_the_device_are_written_again(profile):
         engine.submit(prompt(33))
         engine.run()
         engine.submit(prompt(130))
-        with found("write: .* nobody's to load into"):
+        with caught(engine, "write: .* nobody's to load into"):
             engine.run()
-        return_at_once(engine)
 
 
 @on("what", ["salt", "lora", "media"])
@@ -133,9 +126,8 @@ def test_equal_tokens_that_mean_something_else(profile, what):
     value = ((3, 20, (1, 2)),) if what == "media" else 7
     with seeded(profile, broken("IgnoresIdentity"), prompt(130)) as engine:
         engine.submit(prompt(130), **{what: value})
-        with found("content: .* promised positions"):
+        with caught(engine, "content: .* promised positions"):
             engine.run()
-        return_at_once(engine)
 
 
 # --- ids
@@ -145,28 +137,25 @@ def test_an_id_is_reported_before_it_is_granted(profile, choose):
     choose(saves_later=True)
     with Engine(profile, broken(worker="ReportsUnasked")) as engine:
         engine.submit(prompt(100), new_tokens=9)
-        with found("ids: saving 7000001 is reported though it was not pending"):
+        with caught(engine, "ids: saving 7000001 is reported though it was not pending"):
             engine.run()
-        return_at_once(engine)
 
 
 def test_an_id_is_reported_twice(profile, choose):
     choose(saves_later=True)
     with Engine(profile, broken(worker="ReportsTwice")) as engine:
         engine.submit(prompt(100))
-        with found("ids: saving 7000001 is reported"):
+        with caught(engine, "ids: saving 7000001 is reported"):
             engine.run()
             engine.step()
-        return_at_once(engine)
 
 
 def test_a_save_is_never_reported(profile, choose):
     choose(saves_later=True)
     with Engine(profile, broken(worker="NeverReports")) as engine:
         engine.submit(prompt(100))
-        with found("stuck"):
+        with caught(engine, "stuck"):
             engine.run(limit=30)
-        return_at_once(engine)
 
 
 @only("main_v1", "main_v2")
@@ -174,9 +163,8 @@ def test_a_load_is_reported_before_it_is_there(profile, choose):
     with seeded(profile, broken(worker="ReportsLoadsAtOnce"), prompt(128)) as engine:
         choose(loads_later=True)
         engine.submit(prompt(160))
-        with found("content: .* promised positions"):
+        with caught(engine, "content: .* promised positions"):
             engine.run()
-        return_at_once(engine)
 
 
 # --- order
@@ -185,9 +173,8 @@ def test_a_load_is_reported_before_it_is_there(profile, choose):
 def test_a_load_that_no_stream_waits_for(profile):
     with seeded(profile, broken(worker="LoadsOnTheSide"), prompt(128)) as engine:
         engine.submit(prompt(160))
-        with found("content: .* promised positions \\[0, 1, 2\\]"):
+        with caught(engine, "content: .* promised positions \\[0, 1, 2\\]"):
             engine.run()
-        return_at_once(engine)
 
 
 def test_a_load_that_waits_for_no_pass_before_it(profile):
@@ -196,26 +183,23 @@ def test_a_load_that_waits_for_no_pass_before_it(profile):
         engine.submit(prompt(70, seed=1), new_tokens=9)
         engine.step(2)
         engine.submit(prompt(160))
-        with found("write: .* nobody's to load into"):
+        with caught(engine, "write: .* nobody's to load into"):
             engine.run()
-        return_at_once(engine)
 
 
 def test_a_load_that_needs_hooks(profile):
     with seeded(profile, broken(worker="LoadsInHooks"), prompt(128), graphs=True) as engine:
         engine.submit(prompt(160))
-        with found("content: .* promised positions \\[0, 1, 2\\]"):
+        with caught(engine, "content: .* promised positions \\[0, 1, 2\\]"):
             engine.run()
-        return_at_once(engine)
 
 
 def test_a_save_that_does_not_wait_for_its_pass(profile):
     with Engine(profile, broken(worker="SavesAtOnce")) as engine:
         engine.submit(prompt(128))
         engine.run()
-        with found("content: .* promised positions \\[0, 1, 2\\]"):
+        with caught(engine, "content: .* promised positions \\[0, 1, 2\\]"):
             engine.audit()
-        return_at_once(engine)
 
 
 @only(*UNTOLD)
@@ -230,9 +214,8 @@ def test_a_cancelled_request_is_saved_after_its_blocks_are_freed(profile, choose
         engine.step()
         engine.cancel(request)
         engine.run()
-        with found("content: .* promised positions \\[0, 1, 2\\]"):
+        with caught(engine, "content: .* promised positions \\[0, 1, 2\\]"):
             engine.audit()
-        return_at_once(engine)
 
 
 def test_a_write_into_blocks_that_were_freed(profile, choose):
@@ -243,9 +226,29 @@ def test_a_write_into_blocks_that_were_freed(profile, choose):
         engine.step()
         free = engine.ranks[0].memory.blocks[0].free[0]
         minimal.CHOICES.stale.append(lambda: pool.view[free].fill_(1))
-        with found(f"write: .* blocks \\[{free}\\]"):
+        with caught(engine, f"write: .* blocks \\[{free}\\]"):
             engine.run()
-        return_at_once(engine)
+
+
+def test_a_load_is_done_again(profile):
+    with seeded(profile, broken(worker="LoadsAgain"), prompt(130)) as engine:
+        engine.submit(prompt(130))
+        engine.run()
+        engine.forget()
+        engine.dummy_pass()
+        with caught(engine, "write: "):
+            engine.finish()
+
+
+def test_a_save_is_done_again(profile):
+    with Engine(profile, broken(worker="LoadsAgain")) as engine:
+        engine.submit(prompt(130))
+        engine.run()
+        engine.forget()
+        sys.modules["minimal"].STORE.lose(0)
+        engine.dummy_pass()
+        with caught(engine, "content: .* promised positions \\[0, 1, 2\\]"):
+            engine.audit()
 
 
 # --- manners
@@ -262,75 +265,67 @@ def test_an_offer_that_is_none(profile, scheduler, rule):
     with seeded(profile, Plug("minimal"), prompt(128)) as engine:
         pass
     with Engine(profile, broken(scheduler)) as engine:
-        with found(rule):
+        with caught(engine, rule):
             for _ in range(2):
                 engine.submit(prompt(130))
                 engine.run()
                 engine.forget()
-        return_at_once(engine)
 
 
 def test_a_request_is_remembered_for_ever(profile):
-    engine = Engine(profile, broken("NeverForgets"))
-    engine.submit(prompt(100))
-    with found("leftover: .*NeverForgets.seen"):
-        with engine:
-            engine.run()
+    with Engine(profile, broken("NeverForgets")) as engine:
+        engine.submit(prompt(100))
+        engine.run()
+        with caught(engine, "leftover: .*NeverForgets.seen"):
+            engine.finish()
 
 
 def test_metadata_grows_with_what_is_old(profile):
     with Engine(profile, broken("SendsEverything")) as engine:
-        with found("metadata: .* bytes"):
+        with caught(engine, "metadata: .* bytes"):
             for seed in range(30):
                 engine.submit(prompt(100, seed), new_tokens=2)
                 engine.run()
-        return_at_once(engine)
 
 
 def test_metadata_cannot_be_sent(profile):
     with Engine(profile, broken("SendsAThread")) as engine:
         engine.submit(prompt(10))
-        with found("metadata: it cannot be pickled"):
+        with caught(engine, "metadata: it cannot be pickled"):
             engine.run()
-        return_at_once(engine)
 
 
 def test_a_call_takes_long(profile):
     with Engine(profile, broken(worker="WaitsForSaves"), limit_s=0.05) as engine:
         engine.submit(prompt(10))
-        with found("blocked: get_finished took"):
+        with caught(engine, "blocked: get_finished took"):
             engine.run()
-        return_at_once(engine)
 
 
 def test_an_answer_is_none(profile):
     with Engine(profile, broken(worker="AnswersNone")) as engine:
         engine.submit(prompt(10))
-        with found("answer: get_finished: None"):
+        with caught(engine, "answer: get_finished: None"):
             engine.run()
-        return_at_once(engine)
 
 
 def test_the_query_looks_at_what_is_not_bound(profile):
     with Engine(profile, broken("LooksBehindTheBinding")) as engine:
         engine.submit(prompt(10))
-        with pytest.raises(ExecutorDied, match="query: .*no attribute 'py_request_id'"):
+        with caught(engine, "query: .*no attribute 'py_request_id'", ExecutorDied):
             engine.run()
-        return_at_once(engine)
 
 
 @on("ranks", [1, 2])
 def test_the_leader_waits_for_its_ranks(profile, ranks):
     with Engine(profile, broken("AsksItsRanks"), ranks=ranks, patience_s=1) as engine:
         engine.submit(prompt(10))
-        with found("dead-lock"):
+        with caught(engine, "dead-lock"):
             engine.run()
-        return_at_once(engine)
 
 
 def test_one_rank_waits_for_the_others(profile):
     with Engine(profile, broken(worker="TalksAlone"), ranks=2, patience_s=1) as engine:
         engine.submit(prompt(10))
-        with found("dead-lock: ranks are out of step: \\['broadcast', "):
+        with caught(engine, "dead-lock: ranks are out of step: \\['broadcast', "):
             engine.run()
-        return_at_once(engine)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-
 from fake_model import digests_of, next_token
 from standin_request import LlmRequestState, NativeRequest, PythonRequest
 
