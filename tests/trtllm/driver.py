@@ -90,6 +90,7 @@ class Engine:
 
     def __exit__(self, kind, error, where):
         with ExitStack() as stack:
+            stack.callback(self.plug.close)
             stack.callback(self.crew.close)
             if kind is None and not self.is_abandoned:
                 self.finish()
@@ -216,6 +217,7 @@ class Engine:
         """Until nothing is left to do."""
         for _ in range(limit):
             if all(executor.is_idle for executor in self.ranks):
+                self.plug.settle()
                 return self
             self.step()
         self.judge.expect(False, "stuck", f"something is left after {limit} iterations")

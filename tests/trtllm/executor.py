@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from admission import Admission
 from fake_stream import FakeStream
 from forward import Model
 from judge import BatchFailed
 from memory import Memory
 from reports import Reporter, told
-from standin_request import LlmRequestState
-from workload import Pass, Request
-
-LOADING = LlmRequestState.DISAGG_GENERATION_TRANS_IN_PROGRESS
-SAVING = LlmRequestState.DISAGG_CONTEXT_TRANS_IN_PROGRESS
+from standin_request import LlmRequestState as State
+from workload import Request
 
 
 class Executor:
@@ -26,7 +24,9 @@ class Executor:
         self.model = Model(self.memory, manager, options, profile, (self.stream, compute))
         self.reporter = Reporter(profile, api, options)
         self.requests, self.cancels, self.resets = [], set(), set()
+        self.admission = Admission(self.requests, profile, options, manager, self.memory)
         self.saving = {}
+        """The blocks of ended requests whose saves are not over."""
         self.before = None
         """Under overlap, the batch whose tokens are still to be read."""
 
@@ -45,19 +45,21 @@ class Executor:
     def step(self):
         """One iteration."""
         flagged = self._pick_up()
-        batch = self._prepare(self._schedule())
+        batch = self.admission.batch()
+        self.hooks.prepared(self)
         ran, error = None, None
-        if batch or self.manager.new["loading"] or self.waiting:
-            batch = self._start(batch)
+        if batch or self.manager.new["loading"] or self.admission.waiting:
+            self._start(batch)
             ran, error = self._forward(batch)
-        ended = self._read(ran, error)
-        self._end(ended, flagged)
+        for request in self._read(ran, error):
+            tells = request.error is None or self.profile.finishes_at_termination
+            self._terminate(request, tells=tells)
         for request in flagged:
             self._cancel(request)
         self._get_finished()
         self.manager.judge.settle()
 
-    # --- 1 to 3: who runs
+    # --- 1: who has been given up; 2 and 3 are in `admission.py`
 
     def _pick_up(self):
         """The cancelled ones that have begun; the others were never there."""
@@ -78,119 +80,6 @@ class Executor:
         self.memory.let_go(request)
         request.restart()
 
-    def _schedule(self):
-        """Decodes first, then prompts in the order they came, as far as the budget goes."""
-        budget, chosen, self.waiting = self.options.max_num_tokens, [], False
-        active = [request for request in self.requests if request.is_active]
-        for request in active:
-            if not request.is_context and self._may_speak(request) and budget:
-                budget -= 1
-                chosen.append(Pass(request, 1, first=False, is_context=False))
-        for request in [each for each in active if each.is_context]:
-            rest = len(request.ahead) - request.position
-            count = min(rest, budget) if self.options.chunked else rest
-            too_small = count < rest and count < self.options.bs
-            if count > budget or too_small or not self._has_room(request):
-                break
-            budget -= count
-            first = not request.is_reported
-            chosen.append(Pass(request, count, first=first, is_context=True))
-            request.is_admitted = True
-        return chosen
-
-    def _may_speak(self, request):
-        unread = len(request.ahead) - len(request.prompt)
-        return self.profile.surplus_forward or unread < request.new_tokens
-
-    def _has_room(self, request):
-        others = [each for each in self.requests if each.is_admitted and each is not request]
-        return request.is_admitted or self.memory.fits(request, others)
-
-    def _prepare(self, chosen):
-        """Ask the connector about those that begin, and give everybody blocks."""
-        fresh = [each for each in chosen if each.first and not each.request.is_loaded]
-        kept = [each for each in chosen if each not in fresh]
-        groups = [fresh] if self.profile.asks_in_batches else [[each] for each in fresh]
-        for group in groups:
-            for each in group:
-                self._ask(each.request)
-            for each in group:
-                if self._is_due(each.request):
-                    self._admit(each)
-                    kept.append(each)
-        for each in kept:
-            self._extend(each)
-        self.hooks.prepared(self)
-        return [each for each in chosen if each in kept and not each.request.is_parked]
-
-    def _ask(self, request):
-        if request.is_asked:
-            return
-        request.is_asked = True
-        self.memory.match(request)
-        # a request without reuse never gets there in version 1
-        request.found, request.later = 0, False
-        if self.options.reuse:
-            native = request.native(self.profile.salt)
-            answer = self.manager.query(request, native, request.matched)
-            request.found, request.later = answer
-
-    def _is_due(self, request):
-        if request.waits and self.profile.layouts:
-            request.waits -= 1
-            self.waiting = True
-            return False
-        return True
-
-    def _admit(self, each):
-        request, python = each.request, each.request.python(self.profile.salt)
-        if request.use is not None and request.use < request.found:
-            start, end = (request.matched + more for more in (request.use, request.found))
-            request.found = request.use
-            self.manager.cancel_load(request, python, start, end)
-        request.position = request.matched + request.found
-        self._shrink(each)
-        end = request.position + (0 if request.later else each.count)
-        if not self.profile.layouts:
-            end = len(request.ahead)
-        self.memory.allocate(request, end, request.position)
-        each.loaded = self._promised(request)
-        blocks = {(group, b) for group, table in enumerate(each.loaded) for b in table}
-        self.memory.open |= blocks
-        self.manager.update(request, python, request.tables)
-        if request.later:
-            request.state = LOADING
-
-    def _shrink(self, each):
-        """A chunk that does not end the prompt ends a block."""
-        request = each.request
-        rest = len(request.ahead) - request.position
-        each.count = min(each.count, rest)
-        if each.count < rest:
-            end = (request.position + each.count) // self.options.bs * self.options.bs
-            each.count = end - request.position
-
-    def _promised(self, request):
-        if not request.found:
-            return []
-        first, last = request.matched // self.options.bs, request.position // self.options.bs
-        return [[b for b in table[first:last] if b >= 0] for table in request.tables]
-
-    def _extend(self, each):
-        request = each.request
-        if request.is_parked:
-            return
-        if each.is_context:
-            if not each.first or request.is_loaded:
-                self._shrink(each)
-            end = request.position + each.count
-        else:
-            end = len(request.ahead)
-        if each.first and request.is_loaded:
-            each.loaded = self._promised(request)
-        self.memory.slide(request)
-        self.memory.allocate(request, end, request.position)
-
     # --- 4 to 6: it runs
 
     def _start(self, batch):
@@ -204,17 +93,17 @@ class Executor:
         self.stream.enqueue(lambda: self.memory.pools[0].veil(veiled))
         self.manager.start_load(self.stream)
         self.stream.enqueue(lambda: self.memory.pools[0].veil(veiled))
-        return batch
 
     def _only_to_read(self, batch):
         """Blocks found on the device for requests that load others; no save may be reading them."""
+        loading = [each.request for each in batch if each.loaded]
         found = {
             block
-            for each in batch
-            if each.loaded
-            for block in each.request.tables[0][: each.request.matched // self.options.bs]
+            for request in loading
+            for block in request.tables[0][: request.matched // self.options.bs]
         }
-        read = {block for tables in self.saving.values() for block in tables[0]}
+        others = [each.tables for each in self.requests if each not in loading]
+        read = {block for tables in (*others, *self.saving.values()) for block in tables[0]}
         return sorted(found - read)
 
     def _budget(self, output):
@@ -263,11 +152,6 @@ class Executor:
         request.listen()
         return request.is_finished
 
-    def _end(self, ended, flagged):
-        for request in ended:
-            tells = request.error is None or self.profile.finishes_at_termination
-            self._terminate(request, tells=tells)
-
     def _cancel(self, request):
         if request.is_gone:
             return
@@ -285,7 +169,9 @@ class Executor:
         if saves and (self.options.reuse or self.profile.layouts):
             self.memory.hold(request.tables)
             self.saving[request.id] = [list(table) for table in request.tables]
-        request.state = SAVING if saves else LlmRequestState.GENERATION_COMPLETE
+        request.state = (
+            State.DISAGG_CONTEXT_TRANS_IN_PROGRESS if saves else State.GENERATION_COMPLETE
+        )
         self._drop(request)
 
     def _drop(self, request):
@@ -308,6 +194,6 @@ class Executor:
     def _loaded(self, request):
         if request.is_gone:
             return
-        request.state, request.is_loaded = LlmRequestState.CONTEXT_INIT, True
+        request.state, request.is_loaded = State.CONTEXT_INIT, True
         if request.is_cancelled:
             self._cancel(request)

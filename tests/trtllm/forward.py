@@ -60,7 +60,7 @@ class Model:
             self.manager.watch("callable", self.callable)
 
     def _hook(self, method, layer):
-        if not self.options.graphs:
+        if not (self.options.graphs and self.profile.cuda_graphs):
             self.manager.trace.add("hook", method, layer)
             worker = self.manager.worker
             self.manager.watch("hook", getattr(worker, method), layer, self.compute)

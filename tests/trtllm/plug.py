@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+
+
+def _nothing():
+    pass
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,11 @@ class Plug:
     preset: str | None = None
     ours: tuple[str, ...] = ("minimal", "broken")
     """Beginnings of the modules whose objects are searched for what was forgotten in them."""
+
+    settle: Callable[[], None] = _nothing
+    """Wait until what was saved can be found; called whenever an engine has nothing left to do."""
+    close: Callable[[], None] = _nothing
+    """Called when an engine has ended."""
 
     def config(self, profile):
         config_class = sys.modules["tensorrt_llm.llmapi.llm_args"].KvCacheConnectorConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType, SimpleNamespace
 
+import standin_comm
 from pydantic import BaseModel, ConfigDict, model_validator
 
 OURS = "lmcache.integration.tensorrt_llm"
@@ -106,10 +107,10 @@ class TorchLlmArgsBase(Strict):
         return SimpleNamespace(to_mapping=self._mapping)
 
     def _mapping(self):
-        # rank 0's, as the arguments are the same object everywhere
+        rank = standin_comm.mpi_rank()
         return SimpleNamespace(
-            rank=0,
-            tp_rank=0,
+            rank=rank,
+            tp_rank=rank % self.tensor_parallel_size,
             tp_size=self.tensor_parallel_size,
             pp_size=self.pipeline_parallel_size,
             cp_size=self.context_parallel_size,

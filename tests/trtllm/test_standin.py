@@ -386,3 +386,35 @@ def keep(where, value, **also):
     else:
         where.made = value
     return value
+
+
+def test_an_engine_tells_when_it_is_idle_and_when_it_ends(profile):
+    told = []
+    plug = Plug("minimal", settle=lambda: told.append("idle"), close=lambda: told.append("end"))
+    with Engine(profile, plug) as engine:
+        engine.submit(prompt(10))
+        engine.run()
+        assert told == ["idle"]
+    assert told == ["idle", "idle", "end"]
+
+
+def test_a_preset_is_used_where_there_is_one(profile):
+    plug = Plug("minimal", preset="lmcache-mp")
+    config = plug.config(profile)
+    module = "lmcache.integration.tensorrt_llm.tensorrt_mp_adapter"
+    assert config.connector_module == (module if profile.presets else "minimal")
+
+
+def test_a_mapping_is_of_the_rank_that_asks(profile):
+    minimal = importlib.import_module("minimal")
+    seen = {}
+
+    class Worker(minimal.Worker):
+        def __init__(self, llm_args):
+            super().__init__(llm_args)
+            mapping = llm_args.parallel_config.to_mapping()
+            seen[self.rank] = (mapping.rank, mapping.tp_rank, mapping.tp_size)
+
+    minimal.Worker = Worker
+    with Engine(profile, Plug("minimal"), ranks=2):
+        assert seen == {0: (0, 0, 2), 1: (1, 1, 2)}

@@ -62,7 +62,7 @@ class Wish:
         return (self.salt, self.lora, self.media)
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A wish that an executor works on."""
 
@@ -151,7 +151,7 @@ class Request:
         vars(self).update(vars(fresh))
 
 
-@dataclass
+@dataclass(eq=False)
 class Pass:
     """What one forward computes of a request."""
 
