@@ -65,6 +65,14 @@ class IgnoresIdentity(Scheduler):
     identity_of = staticmethod(lambda request: ())
 
 
+class LoadsWhatIsNew(Scheduler):
+    """And nothing that a report is still to come for."""
+
+    def build_connector_meta(self, scheduler_output):
+        self.waiting = []
+        return super().build_connector_meta(scheduler_output)
+
+
 class NeverForgets(Scheduler):
     def request_finished_by_layer_group(self, request, cache_block_ids_by_layer_group):
         self.seen = [*getattr(self, "seen", ()), {"request": str(request.request_id)}]
@@ -115,6 +123,19 @@ class Hopes(Worker):
     def load_piece(self, piece, number):
         if STORE.get((self.rank, number), piece.key) is not None:
             super().load_piece(piece, number)
+
+
+class RaisesLate(Hopes):
+    """It says that a load has failed when the pass has run."""
+
+    def load_piece(self, piece, number):
+        super().load_piece(piece, number)
+        self.failed = STORE.get((self.rank, number), piece.key) is None
+
+    def wait_for_save(self, stream):
+        super().wait_for_save(stream)
+        if getattr(self, "failed", False):
+            raise RuntimeError("what was promised is gone")
 
 
 class LoadsOnTheSide(Worker):

@@ -32,9 +32,12 @@ def main_v2():
 
 
 @pytest.fixture
-def later():
-    """Calls what it is given in the end, the last first."""
-    calls = []
-    yield calls.append
-    for call in reversed(calls):
-        call()
+def choose(profile):
+    """Sets choices of the minimal connector, which the broken ones share."""
+
+    def choose(**choices):
+        minimal = importlib.import_module("minimal")
+        vars(minimal.CHOICES).update(choices)
+        return minimal
+
+    return choose

@@ -132,6 +132,7 @@ class Executor:
         """Read the tokens of a batch; those that have ended."""
         if error is not None:
             self.before = None
+            self.stream.synchronize()  # the pass has run all the same
             failed = [request for request in self.requests if request.is_active]
             for request in failed:
                 request.error = str(error)

@@ -17,18 +17,6 @@ UNTOLD = ["v1_2", "v1_3"]
 on = pytest.mark.parametrize
 
 
-@pytest.fixture
-def choose(profile):
-    """Sets choices of the minimal connector that the broken ones share."""
-
-    def choose(**choices):
-        __import__("minimal")
-        vars(sys.modules["minimal"].CHOICES).update(choices)
-        return sys.modules["minimal"]
-
-    return choose
-
-
 def broken(scheduler="Scheduler", worker="Worker"):
     return Plug("broken", scheduler, worker)
 
@@ -167,6 +155,27 @@ def test_a_load_is_reported_before_it_is_there(profile, choose):
             engine.run()
 
 
+@only("main_v1", "main_v2")
+def test_a_later_load_is_not_among_the_new_requests(profile, choose):
+    with seeded(profile, broken("LoadsWhatIsNew"), prompt(128)) as engine:
+        choose(loads_later=True)
+        engine.submit(prompt(160))
+        with caught(engine, "stuck"):
+            engine.run(limit=30)
+
+
+@only("v1_1", *UNTOLD)
+def test_a_later_load_into_blocks_that_a_cancel_freed(profile, choose):
+    with seeded(profile, Plug("minimal"), prompt(128)) as engine:
+        choose(loads_later=True)
+        request = engine.submit(prompt(160))
+        engine.step()
+        engine.cancel(request)
+        engine.run()
+        with caught(engine, "write: group 0: blocks"):
+            engine.finish()
+
+
 # --- order
 
 
@@ -252,6 +261,14 @@ def test_a_save_is_done_again(profile):
             engine.audit()
 
 
+def test_a_failed_load_is_told_too_late(profile):
+    with seeded(profile, broken(worker="RaisesLate"), prompt(128)) as engine:
+        engine.hooks.prepared = lambda executor: sys.modules["minimal"].STORE.lose(0)
+        engine.submit(prompt(160))
+        with caught(engine, "content: .* promised positions \\[0, 1, 2\\]"):
+            engine.step()
+
+
 # --- manners
 
 
@@ -278,6 +295,18 @@ def test_a_request_is_remembered_for_ever(profile):
         engine.submit(prompt(100))
         engine.run()
         with caught(engine, "leftover: .*NeverForgets.seen"):
+            engine.finish()
+
+
+@only(*UNTOLD)
+def test_requests_that_ended_without_a_word_are_remembered(profile, choose):
+    choose(states=1000)
+    with Engine(profile, Plug("minimal")) as engine:
+        for seed in range(17):
+            request = engine.submit(prompt(70, seed), new_tokens=9)
+            engine.step(2)
+            engine.cancel(request)
+        with caught(engine, "leftover: 17 silent requests"):
             engine.finish()
 
 

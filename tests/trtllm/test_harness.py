@@ -19,18 +19,6 @@ def plug(profile):
     return Plug("minimal")
 
 
-@pytest.fixture
-def choose(profile):
-    """Sets choices of the minimal connector."""
-
-    def choose(**choices):
-        __import__("minimal")
-        vars(sys.modules["minimal"].CHOICES).update(choices)
-        return sys.modules["minimal"]
-
-    return choose
-
-
 def polls(engine, rank=0):
     return [call[1:] for call in engine.ranks[rank].manager.trace.of("get_finished")]
 
@@ -89,6 +77,24 @@ class TestLaterSaves:
             engine.run()
             assert polls(engine)[-1] == ([], [], [IDS[0]], [])
             assert engine.trace.count("finished") == 1
+            engine.audit()
+
+    def test_a_cancelled_request_keeps_what_is_being_saved(self, profile, plug, choose):
+        # where nobody tells of a cancel, a save must have its own copy
+        choose(saves_later=True, stages=not profile.tells_of_cancels, polls=4)
+        with Engine(profile, plug) as engine:
+            engine.hooks.polling = lambda executor: executor.memory.forget()
+            request = engine.submit(prompt(128), new_tokens=9)
+            engine.step()
+            engine.cancel(request)
+            engine.step()
+            kept = sum(engine.ranks[0].memory.blocks[0].holders)
+            assert kept == (5 if profile.tells_of_cancels else 0)
+            engine.step(4)
+            engine.forget()
+            engine.submit(prompt(160))
+            engine.run()
+            assert queries(engine)[-1] == (0, 128)
             engine.audit()
 
     def test_one_save_an_iteration_ends_in_the_oldest_version(self, profile, plug, choose):
