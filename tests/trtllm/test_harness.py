@@ -24,7 +24,65 @@ def polls(engine, rank=0):
 
 
 class TestMinimal(ConnectorSuite):
-    pass
+    def test_a_fresh_prompt_to_the_last_call(self, start):
+        """A."""
+        with start() as engine:
+            request = engine.submit(prompt(100), new_tokens=2)
+            engine.run()
+            blocks = engine.trace.of("update")[0][2]
+            hooks = [
+                ("hook", method, layer)
+                for layer in range(2)
+                for method in ("wait_for_layer_load", "save_kv_layer")
+            ]
+            assert engine.trace.calls == [
+                ("query", request.id, 0, 0, False),
+                ("update", request.id, blocks),
+                ("meta", [(request.id, 100, 4, 0, 100)], []),
+                ("load",),
+                *hooks,
+                ("save",),
+                ("get_finished", [], [], [], []),
+                ("meta", [], [(request.id, 1, 0, 100, 1)]),
+                ("load",),
+                *hooks,
+                ("save",),
+                ("finished", request.id, blocks, False),
+                ("get_finished", [], [], [], []),
+            ]
+            assert len(sys.modules["minimal"].STORE.chunks) == 1
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_an_iteration_ends_with_one_poll(self, start, overlap):
+        with start(overlap=overlap) as engine:
+            engine.submit(prompt(70), new_tokens=4)
+            engine.run()
+            assert polls(engine) == [([], [], [], [])] * (4 + overlap)
+
+    def test_a_full_hit_uses_half_a_chunk(self, start):
+        """B."""
+        with start() as engine:
+            self.seed(engine, prompt(128))
+            engine.submit(prompt(128))
+            engine.run()
+            assert queries(engine) == [(0, 96)]
+
+    def test_a_load_begins_where_the_device_ends(self, start):
+        """C."""
+        with start() as engine:
+            self.seed(engine, prompt(100))
+            engine.submit(prompt(33))
+            engine.run()
+            engine.clear()
+            pool = engine.ranks[0].memory.pools[0]
+            engine.hooks.prepared = lambda executor: before.append(pool.view.clone())
+            before = []
+            engine.submit(prompt(100))
+            engine.step()
+            changed = (pool.view != before[0]).flatten(1).any(1).nonzero().flatten().tolist()
+            table = engine.trace.of("update")[0][2]
+            assert queries(engine) == [(32, 32)]
+            assert sorted(changed) == sorted(table[1:])
 
 
 class TestMinimalThatSavesLater(ConnectorSuite):
