@@ -1,0 +1,43 @@
+"""A stand-in for TensorRT-LLM, an executor that drives connectors, and what both agree on."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = str(Path(__file__).resolve().parent)
+
+# tests belong to no package, and a connector must be importable by its name as TensorRT-LLM does it
+if HERE not in sys.path:
+    sys.path.insert(0, HERE)
+
+pytest.register_assert_rewrite("suite")
+standin = importlib.import_module("standin")
+
+
+@pytest.fixture(params=standin.PROFILES)
+def profile(request):
+    """Each version of TensorRT-LLM in turn, as the only one there is."""
+    with standin.installed(request.param) as profile:
+        yield profile
+
+
+@pytest.fixture
+def main_v2():
+    with standin.installed("main_v2") as profile:
+        yield profile
+
+
+@pytest.fixture
+def choose(profile):
+    """Sets choices of the minimal connector, which the broken ones share."""
+
+    def choose(**choices):
+        minimal = importlib.import_module("minimal")
+        vars(minimal.CHOICES).update(choices)
+        return minimal
+
+    return choose

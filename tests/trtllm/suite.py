@@ -1,0 +1,504 @@
+"""What every connector must do, with blocks of 32 tokens and chunks of 64.
+
+A test of a connector derives from this class and says what is plugged in:
+
+    class TestOurs(ConnectorSuite):
+        @pytest.fixture
+        def plug(self, profile):
+            return Plug(
+                "lmcache.integration.tensorrt_llm.tensorrt_adapter",
+                "LMCacheKvConnectorScheduler",
+                "LMCacheKvConnectorWorker",
+                preset="lmcache",
+                ours=("lmcache",),
+                close=destroy_engine,
+            )
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from driver import Engine, prompt
+
+FROM_RUNTIME = ("query", "update", "meta", "load", "save", "cancel_load", "reset")
+
+
+def queries(engine):
+    """What was found for whom: tokens on the device, and tokens beyond those."""
+    return [(call[2], call[3]) for call in engine.trace.of("query")]
+
+
+def reports(engine):
+    """(which list, tokens, blocks, position, scheduled) of every report."""
+    return [
+        (kind, *told[1:])
+        for _, new, cached in engine.trace.of("meta")
+        for kind, each in (("new", new), ("cached", cached))
+        for told in each
+    ]
+
+
+def order(engine, *names):
+    return [call[0] for call in engine.trace.of(*names)]
+
+
+class ConnectorSuite:
+    @pytest.fixture
+    def start(self, profile, plug):
+        """An engine with options; it must end with nothing left, and with a true cache."""
+
+        def start(**options):
+            return Engine(profile, plug, **options)
+
+        return start
+
+    @staticmethod
+    def seed(engine, *prompts, **about):
+        """The cache holds these, and the device nothing."""
+        for tokens in prompts:
+            engine.submit(tokens, **about)
+            engine.run()
+        engine.forget()
+        engine.clear()
+
+    @staticmethod
+    def keep_nothing(engine):
+        """Somebody always needs the room of what nobody holds."""
+        engine.hooks.polling = lambda executor: executor.memory.forget()
+
+    # --- A: nothing is known
+
+    def test_a_fresh_prompt_is_computed_and_saved(self, start):
+        with start() as engine:
+            request = engine.submit(prompt(100), new_tokens=3)
+            engine.run()
+            blocks = request.tables[0]
+            one_pass = ["meta", "load", "save"]
+            assert order(engine, *FROM_RUNTIME) == ["query", "update", *one_pass * 3]
+            assert queries(engine) == [(0, 0)]
+            assert reports(engine) == [
+                ("new", 100, 4, 0, 100),
+                ("cached", 1, 0, 100, 1),
+                ("cached", 1, 0, 101, 1),
+            ]
+            assert len(blocks) == 4
+            assert engine.trace.of("update") == [("update", request.id, blocks)]
+            [finished] = engine.trace.of("finished")
+            assert finished[1:3] == (request.id, blocks)
+            at = engine.trace.calls.index(finished)
+            around = engine.trace.calls[at - 1][0], engine.trace.calls[at + 1][0]
+            assert around == ("save", "get_finished")
+            self.expect_found(engine, prompt(100), 64)
+
+    def test_calls_are_as_many_as_passes(self, start, profile):
+        for overlap in (False, True):
+            with start(overlap=overlap, layers=3) as engine:
+                engine.submit(prompt(70), new_tokens=4)
+                engine.run()
+                passes = 4 + (overlap and profile.surplus_forward)
+                for name in ("meta", "load", "save"):
+                    assert engine.trace.count(name) == passes
+                assert engine.trace.count("hook") == passes * 3 * 2
+                assert engine.trace.count("get_finished") >= 4 + overlap
+                for name in ("query", "update", "finished"):
+                    assert engine.trace.count(name) == 1
+
+    def test_the_overlap_scheduler_tells_a_pass_later(self, start, profile):
+        with start(overlap=True) as engine:
+            engine.submit(prompt(96), new_tokens=3)
+            engine.run()
+            told = [("new", 96, 3, 0, 96), ("cached", 0, 1, 95, 1), ("cached", 1, 0, 96, 1)]
+            surplus = [("cached", 1, 0, 97, 1)] if profile.surplus_forward else []
+            assert reports(engine) == told + surplus
+            engine.audit()
+
+    def test_a_pass_that_is_replayed_calls_no_hook(self, start, profile):
+        with start(graphs=True) as engine:
+            self.seed(engine, prompt(130))
+            engine.submit(prompt(130))
+            engine.run()
+            assert (engine.trace.count("hook") == 0) == profile.cuda_graphs
+            assert queries(engine) == [(0, 128)]
+
+    # --- B, C, E: something is known
+
+    def test_a_full_hit_leaves_a_block_to_compute(self, start):
+        with start() as engine:
+            self.seed(engine, prompt(128))
+            engine.submit(prompt(128))
+            engine.run()
+            [(device, found)] = queries(engine)
+            assert (device, found) in {(0, 96), (0, 64)}  # half a chunk need not be usable
+            assert reports(engine) == [("new", 128, 4, 0, 128 - found)]
+            engine.audit()
+
+    def test_what_the_device_has_is_not_loaded_again(self, start):
+        with start() as engine:
+            self.seed(engine, prompt(100))
+            engine.submit(prompt(33))
+            engine.run()
+            engine.clear()
+            engine.submit(prompt(100))
+            engine.run()
+            assert queries(engine) in ([(32, 32)], [(32, 0)])
+            found = queries(engine)[0][1]
+            assert reports(engine) == [("new", 100, 4, 32, 68 - found)]
+            engine.audit()
+
+    def test_what_the_device_has_may_be_all(self, start):
+        with start() as engine:
+            engine.submit(prompt(100))
+            engine.run()
+            engine.clear()
+            engine.submit(prompt(100))
+            engine.run()
+            assert queries(engine) == [(96, 0)]
+            assert reports(engine) == [("new", 100, 4, 96, 4)]
+            engine.audit()
+
+    def test_a_device_match_within_a_block_is_declined(self, start):
+        with start(partial=True) as engine:
+            self.seed(engine, prompt(100))
+            engine.submit((*prompt(40), *prompt(60, seed=5)))
+            engine.run()
+            engine.clear()
+            engine.submit(prompt(100))
+            engine.run()
+            assert queries(engine) == [(40, 0)]
+            engine.audit()
+
+    def test_without_block_reuse_nobody_is_asked(self, start, profile):
+        if profile.main:
+            with pytest.raises(ValueError, match="needs block reuse"):
+                start(reuse=False)
+            return
+        with start(reuse=False) as engine:
+            for _ in range(2):
+                engine.submit(prompt(128), new_tokens=2)
+                engine.run()
+            assert engine.trace.count("query") == 0
+
+    # --- D: a prompt in several passes
+
+    def test_a_chunked_prefill_saves_what_is_computed(self, start, profile):
+        with start(chunked=True, max_num_tokens=128) as engine:
+            self.seed(engine, prompt(65))
+            engine.submit(prompt(256))
+            engine.run()
+            first, more = (6, 2) if profile.layouts else (8, 0)
+            assert queries(engine) == [(0, 64)]
+            assert len(engine.trace.of("update")[0][2]) == first
+            assert reports(engine) == [
+                ("new", 256, first, 0, 128),
+                ("cached", 0, more, 192, 64),
+            ]
+            self.expect_found(engine, prompt(257), 256)
+
+    def test_chunks_without_hits(self, start, profile):
+        with start(chunked=True, max_num_tokens=128) as engine:
+            engine.submit(prompt(256))
+            engine.run()
+            first, more = (4, 4) if profile.layouts else (8, 0)
+            assert reports(engine) == [("new", 256, first, 0, 128), ("cached", 0, more, 128, 128)]
+            assert engine.trace.count("query") == engine.trace.count("update") == 1
+            self.expect_found(engine, prompt(257), 256)
+
+    def expect_found(self, engine, tokens, count):
+        """A request for these finds so many tokens in the cache, and they are right."""
+        engine.forget()
+        engine.submit(tokens)
+        engine.run()
+        assert queries(engine)[-1] == (0, count)
+        engine.audit()
+
+    # --- H: how requests end
+
+    def test_a_request_cancelled_in_the_queue_was_never_there(self, start):
+        with start() as engine:
+            engine.cancel(engine.submit(prompt(100)))
+            engine.run()
+            assert engine.trace.without("get_finished") == []
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    @pytest.mark.parametrize("after", [1, 2, 30])
+    def test_a_cancelled_request_is_not_saved_from_later(self, start, profile, overlap, after):
+        with start(overlap=overlap, blocks=16) as engine:
+            self.keep_nothing(engine)
+            request = engine.submit(prompt(100), new_tokens=40)
+            engine.step(after)
+            engine.cancel(request)
+            engine.run()
+            told = engine.trace.count("finished")
+            assert told == profile.tells_of_cancels
+            engine.submit(prompt(200, seed=1), new_tokens=3)
+            engine.run()
+            engine.audit()
+
+    def test_a_cancelled_prefill_is_not_saved_from_later(self, start):
+        with start(chunked=True, max_num_tokens=64, blocks=16) as engine:
+            self.keep_nothing(engine)
+            request = engine.submit(prompt(256))
+            engine.step(2)
+            engine.cancel(request)
+            engine.run()
+            engine.submit(prompt(200, seed=1), new_tokens=3)
+            engine.run()
+            engine.audit()
+
+    def test_many_requests_may_end_without_a_word(self, start):
+        with start() as engine:
+            for seed in range(24):
+                request = engine.submit(prompt(70, seed), new_tokens=9)
+                engine.step(2)
+                engine.cancel(request)
+            engine.run()
+
+    def test_a_batch_that_fails_is_all_that_fails(self, start):
+        with start() as engine:
+            worker = engine.ranks[0].manager.worker
+            saved, worker.wait_for_save = worker.wait_for_save, lambda stream: 1 / 0
+            requests = [engine.submit(prompt(100, seed), new_tokens=3) for seed in range(2)]
+            engine.step()
+            worker.wait_for_save = saved
+            engine.run()
+            assert all("ZeroDivisionError" in request.error for request in requests)
+            engine.submit(prompt(100), new_tokens=3)
+            engine.run()
+            engine.audit()
+
+    # --- I: ranks
+
+    def test_each_rank_has_its_own(self, start):
+        with start(ranks=2, layers=1) as engine:
+            self.seed(engine, prompt(130), prompt(70, seed=1))
+            engine.submit(prompt(130), new_tokens=2)
+            engine.run()
+            assert queries(engine) == [(0, 128)]
+            engine.audit()
+
+    # --- J: batches
+
+    def test_two_equal_prompts_at_once(self, start, profile):
+        with start() as engine:
+            requests = [engine.submit(prompt(130), new_tokens=3) for _ in range(2)]
+            engine.run()
+            asked = ["query", "query", "update", "update"]
+            together = asked if profile.asks_in_batches else ["query", "update"] * 2
+            assert order(engine, "query", "update") == together
+            assert queries(engine) == [(0, 0), (0, 0)]
+            assert requests[0].tokens == requests[1].tokens
+            self.expect_found(engine, prompt(130), 128)
+
+    def test_prompts_and_decodes_share_a_pass(self, start):
+        with start(chunked=True, max_num_tokens=128) as engine:
+            engine.submit(prompt(70), new_tokens=8)
+            engine.step(2)
+            engine.submit(prompt(200, seed=1), new_tokens=3)
+            engine.run()
+            mixed = [new and cached for _, new, cached in engine.trace.of("meta")]
+            assert any(mixed)
+            engine.audit()
+
+    def test_a_request_that_nobody_knows_is_ignored(self, start, profile):
+        with start() as engine:
+            engine.submit(prompt(100), new_tokens=3)
+            reporter, api = engine.ranks[0].reporter, engine.ranks[0].reporter.api
+            told = reporter.output
+
+            def with_a_stranger(batch):
+                output = told(batch)
+                output.cached_requests.append(api.RequestData(5, [1], [], 77, 1))
+                return output
+
+            reporter.output = with_a_stranger
+            engine.run()
+            engine.audit()
+
+    # --- what is handed over
+
+    @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+    @pytest.mark.parametrize("kv", [1, 2])
+    def test_a_block_is_opaque(self, start, kind, kv):
+        with start(dtype=kind, kv=kv, layers=3) as engine:
+            self.seed(engine, prompt(130))
+            self.expect_found(engine, prompt(130), 128)
+
+    @pytest.mark.parametrize("bs", [16, 64])
+    def test_a_block_may_have_another_size(self, start, bs):
+        with start(bs=bs, max_num_tokens=128, chunked=True) as engine:
+            self.seed(engine, prompt(200))
+            self.expect_found(engine, prompt(200), 192)
+
+    def test_what_was_bound_is_done_once(self, start):
+        with start() as engine:
+            self.seed(engine, prompt(130))
+            self.keep_nothing(engine)
+            engine.submit(prompt(160))
+            engine.run()
+            engine.dummy_pass()
+            engine.submit(prompt(200, seed=1), new_tokens=2)
+            engine.run()
+            engine.audit()
+
+    # --- what makes equal tokens differ
+
+    @pytest.mark.parametrize("what", ["salt", "lora", "media"])
+    def test_equal_tokens_may_mean_something_else(self, start, profile, what):
+        one, other = {
+            "salt": (1, 2) if profile.salt == "cache_salt_id" else ("a", "b"),
+            "lora": (1, 2),
+            "media": (((3, 20, (1, 2)),), ((3, 20, (1, 3)),)),
+        }[what]
+        if what == "salt" and not profile.salt:
+            one = other = None  # this version has none
+        with start() as engine:
+            self.seed(engine, prompt(130), **{what: one})
+            engine.submit(prompt(130), **{what: other})
+            engine.run()
+            engine.forget()
+            engine.submit(prompt(130), **{what: one})
+            engine.run()
+            assert queries(engine)[-1] == (0, 128)
+            assert (queries(engine)[0] == (0, 0)) == (one != other)
+            engine.audit()
+
+    # --- all of it
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_anything_may_happen(self, start, seed, overlap):
+        chance = random.Random(seed)
+        options = {"chunked": seed != 1, "partial": seed == 2, "blocks": 32}
+        with start(overlap=overlap, layers=1, max_num_tokens=160, **options) as engine:
+            stems = [prompt(chance.choice([31, 64, 96, 130]), stem) for stem in range(3)]
+            for _ in range(10):
+                tail = prompt(chance.randrange(1, 30), chance.randrange(90, 93))
+                stem = chance.choice(stems)
+                request = engine.submit((*stem, *tail), new_tokens=chance.randrange(1, 40))
+                engine.step(chance.randrange(4))
+                if chance.random() < 0.3:
+                    engine.cancel(request)
+                if chance.random() < 0.2:
+                    engine.forget()
+            engine.run(400)
+            engine.audit()
+
+
+class Version2Suite:
+    """What version 2 of the cache manager does besides: K."""
+
+    seed = staticmethod(ConnectorSuite.seed)
+    expect_found = ConnectorSuite.expect_found
+
+    @pytest.fixture
+    def profile(self, main_v2):
+        return main_v2
+
+    @pytest.fixture
+    def start(self, profile, plug):
+        return lambda **options: Engine(profile, plug, **options)
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_a_query_may_come_long_before_its_pass(self, start, overlap):
+        with start(overlap=overlap) as engine:
+            self.seed(engine, prompt(130))
+            engine.submit(prompt(40, seed=1), new_tokens=9)
+            engine.step(2)
+            engine.clear()
+            engine.submit(prompt(160), defer=3)
+            engine.run()
+            calls = order(engine, "query", "meta", "update")
+            assert calls[:6] == ["query", "meta", "meta", "meta", "update", "meta"]
+            assert queries(engine) == [(0, 128)]
+            assert ("new", 160, 5, 0, 32) in reports(engine)
+            engine.audit()
+
+    def test_an_idle_engine_may_wait_too(self, start):
+        with start() as engine:
+            self.seed(engine, prompt(130))
+            engine.submit(prompt(160), defer=2)
+            engine.run()
+            assert [len(new) for _, new, _ in engine.trace.of("meta")] == [0, 0, 1]
+            engine.audit()
+
+    @pytest.mark.parametrize("use", [0, 64, 96])
+    def test_an_offer_may_be_taken_in_part(self, start, use):
+        with start() as engine:
+            self.seed(engine, prompt(130))
+            request = engine.submit(prompt(160), defer=1, use=use)
+            engine.run()
+            assert engine.trace.of("cancel_load") == [("cancel_load", request.id, use, 128)]
+            assert reports(engine) == [("new", 160, 5, 0, 160 - use)]
+            engine.audit()
+
+    def test_a_waiting_request_may_be_asked_about_again(self, start):
+        with start() as engine:
+            self.seed(engine, prompt(130))
+            request = engine.submit(prompt(160), defer=2)
+            engine.step()
+            engine.reset(request)
+            engine.run()
+            assert order(engine, "query", "reset", "update") == [
+                "query",
+                "reset",
+                "query",
+                "update",
+            ]
+            assert reports(engine) == [("new", 160, 5, 0, 32)]
+            engine.audit()
+
+    def test_a_prefill_may_be_replayed(self, start):
+        with start(chunked=True, max_num_tokens=64, blocks=16) as engine:
+            request = engine.submit(prompt(160))
+            engine.step()
+            engine.reset(request)
+            engine.submit(prompt(100, seed=1), new_tokens=3)
+            engine.run()
+            assert [call[0] for call in engine.trace.of("query", "reset")][:3] == [
+                "query",
+                "reset",
+                "query",
+            ]
+            assert [told[0] for told in reports(engine)].count("new") == 3
+            engine.audit()
+
+    def test_a_waiting_request_may_be_cancelled(self, start):
+        with start() as engine:
+            self.seed(engine, prompt(130))
+            request = engine.submit(prompt(160), defer=5)
+            engine.step(2)
+            engine.cancel(request)
+            engine.run()
+            assert order(engine, "update", "finished") == ["finished"]
+            self.expect_found(engine, prompt(160), 128)
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_anything_may_happen(self, start, seed, overlap):
+        chance = random.Random(seed)
+        options = {"chunked": True, "max_num_tokens": 160, "blocks": 40, "layers": 1}
+        with start(overlap=overlap, split=seed == 2, **options) as engine:
+            for _ in range(10):
+                stem = prompt(chance.choice([31, 64, 96, 130]), chance.randrange(3))
+                tail = prompt(chance.randrange(1, 30), chance.randrange(90, 93))
+                use = chance.choice([None, None, 0, 32, 64])
+                about = {"defer": chance.randrange(4), "use": use}
+                request = engine.submit((*stem, *tail), new_tokens=chance.randrange(1, 20), **about)
+                engine.step(chance.randrange(4))
+                if chance.random() < 0.3:
+                    engine.cancel(request)
+                elif request.is_context and request.is_asked and chance.random() < 0.5:
+                    engine.reset(request)
+                if chance.random() < 0.3:
+                    engine.forget()
+            engine.run(400)
+            engine.audit()
+
+    def test_a_pool_may_be_many_regions(self, start):
+        with start(split=True, layers=3, chunked=True, max_num_tokens=128) as engine:
+            engine.submit(prompt(256), new_tokens=3)
+            engine.run()
+            self.expect_found(engine, prompt(257), 256)
