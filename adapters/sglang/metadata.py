@@ -63,6 +63,15 @@ class LMCacheExternalFlow:
     retire_requested: bool = False
     cancelled: bool = False
 
+    def __post_init__(self) -> None:
+        # of a load, the connector is shown the lookup but not the request
+        self.lookup.flow = self
+
+    @property
+    def promised(self) -> int:
+        """Tokens that SGLang counts on when it admits the request; 0 before that."""
+        return self.load_req.host_hit_length if self.load_req else 0
+
 
 @dataclass
 class LMCachePendingStore:

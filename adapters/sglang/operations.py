@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from lmcache.adapters.sglang.metadata import LMCacheExternalFlow
     from lmcache.adapters.sglang.scheduler import Asked, Found
 
 
@@ -23,6 +24,8 @@ class Lookup:
     """The first token that SGLang may still load."""
     can_hit: bool = True
     """Whether the prompt fills a chunk, which all ranks see alike."""
+    flow: LMCacheExternalFlow | None = field(default=None, repr=False)
+    """What SGLang keeps of the request."""
 
 
 @dataclass

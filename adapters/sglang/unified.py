@@ -166,7 +166,8 @@ class UnifiedLMCacheMPConnector(Wall):
         )
         is_good = False
         try:
-            is_good = self._load(lookup, slots_of(groups[0]), local_hit_tokens, producer_stream)
+            if not self._falls_short(lookup, len(owned_device_indices)):
+                is_good = self._load(lookup, slots_of(groups[0]), local_hit_tokens, producer_stream)
         except Exception:
             self.count_error("submit_load")
         load.future.set_result(is_good)
@@ -258,6 +259,21 @@ class UnifiedLMCacheMPConnector(Wall):
                 return PENDING
             lookup.asked = None
         return lookup.found.tokens if lookup.found else 0
+
+    def _falls_short(self, lookup: Lookup, tokens: int) -> bool:
+        """Whether SGLang counts on more, of which it ends.
+
+        It has then evicted a part of what it had itself when the prompt was looked up. A load that
+        fails makes it compute the prompt.
+        """
+        promised = lookup.flow.promised if lookup.flow else 0
+        if promised > tokens:
+            logger.info(
+                "SGLang has evicted the %d tokens before what it loads of request %s: not loaded",
+                promised - tokens,
+                lookup.request_id,
+            )
+        return promised > tokens
 
     def _load(self, lookup: Lookup, fresh: Sequence[int], local: int, producer_stream: Any) -> bool:
         found, lookup.found = lookup.found, None

@@ -12,7 +12,7 @@ import importlib.util
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,18 @@ for name in ("harness", "served"):
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 launch, sgl = sys.modules["launch"], sys.modules["sgl"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What an SGLang said last is part of a failure."""
+    report = yield
+    server = getattr(item, "funcargs", {}).get("server")
+    if report.failed and isinstance(server, sgl.Sglang):
+        report.sections.append(("SGLang", server.tail()))
+    return report
 
 
 @pytest.fixture(scope="session")

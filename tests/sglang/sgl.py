@@ -30,6 +30,8 @@ ENDED_S = 30.0
 FLUSHED_S = 10.0
 ANSWERED_S = 120.0
 LOG_TAIL = 60
+LINE = 500
+"""Of a line, what is shown; SGLang tells all its options in one."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,16 @@ class Sglang:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
+    def tail(self) -> str:
+        """The end of the log, for people."""
+        lines = [line[:LINE] for line in self.log().splitlines()[-LOG_TAIL:]]
+        return "\n".join([f"{self._log} ends with:", *lines])
+
     def stop(self) -> None:
         """Ask it to end; one that does not is killed, and fails the test."""
         left = self._group.terminate(ENDED_S)
         self.kill()
-        assert not left, f"SIGTERM left {len(left)} processes\n{self._tail()}"
+        assert not left, f"SIGTERM left {len(left)} processes\n{self.tail()}"
 
     def kill(self) -> None:
         """End all its processes at once, and remove what they shared."""
@@ -130,8 +137,8 @@ class Sglang:
 
     def _wait_ready(self, deadline: float) -> None:
         while not self._is_ready():
-            assert self._group.lives(), self._tail()
-            assert time.monotonic() < deadline, self._tail()
+            assert self._group.lives(), self.tail()
+            assert time.monotonic() < deadline, self.tail()
             self._shared |= self._group.shared()  # it may die before it is ready
             time.sleep(0.2)
         self._shared |= self._group.shared()
@@ -151,7 +158,3 @@ class Sglang:
             connection.request(method, f"/{path}", json.dumps(body or {}), headers)
             answer = connection.getresponse()
             return answer.status, answer.read()
-
-    def _tail(self) -> str:
-        lines = self.log().splitlines()
-        return "\n".join([f"{self._log} ends with:", *lines[-LOG_TAIL:]])

@@ -11,6 +11,7 @@ import torch
 from house import House
 from pool import MODEL, Pool, tokens
 
+from lmcache.adapters.sglang.operations import Lookup
 from lmcache.adapters.sglang.worker import Loading
 from lmcache.backends.memory import MemoryBackend
 from lmcache.core.errors import ConfigError, LayoutError
@@ -181,6 +182,21 @@ class TestRequests:
         connector.free_lookup_locks("r", start=0, end=total)
         connector.free_lookup_locks("never", start=0, end=total)
         house.wait_idle()
+
+    @pytest.mark.parametrize(("promised", "is_loaded"), [(59, True), (60, False), (96, False)])
+    def test_sglang_has_evicted_what_it_had(self, house, join, promised, is_loaded):
+        """It ends if it gets less than it counts on, but not if it gets nothing."""
+        pool, prompt = Pool(), tokens(100)
+        connector = join(house, pool)
+        store(connector, pool, prompt)
+        connector.finish_request("r")
+        own = pool.take(37)
+        lookup, total = look_up(connector, prompt, len(own))
+        flow = LMCacheExternalFlow(key=prompt, lookup=lookup)
+        flow.load_req = SimpleNamespace(host_hit_length=promised)
+        assert len(load(connector, pool, lookup, own, total)) == (total if is_loaded else len(own))
+        house.wait_idle()
+        assert connector.errors == 0
 
     @pytest.mark.parametrize("length", [0, 1, 15])
     def test_less_than_a_chunk(self, house, join, length):
@@ -370,6 +386,7 @@ class TestWhatCannotBe:
 
 
 def test_sglangs_own_records():
-    flow = LMCacheExternalFlow(key=1, lookup=2)
+    flow = LMCacheExternalFlow(key=1, lookup=Lookup("r", None))
     assert (flow.load, flow.total_hit, flow.loaded_skip_tokens) == (None, None, 0)
+    assert (flow.promised, flow.lookup.flow) == (0, flow)
     assert LMCachePendingStore(1, 2, 3).lock_params == 3
