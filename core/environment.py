@@ -24,7 +24,9 @@ VARIABLES = {
     "LMCACHE_LOG_LEVEL": "Level of the `lmcache` logger, e.g. `DEBUG`.",
     "LMCACHE_MP_TRANSFER_MODE": "Who copies between an engine and a server: `auto`,"
     " `engine_driven` or `lmcache_driven`; an engine's own option wins.",
+    "LMCACHE_MQ_TIMEOUT": "Seconds after which TensorRT-LLM gives up a call to the server.",
     "LMCACHE_REDIS_PASSWORD": "The password for Redis and Valkey, where the URL has none.",
+    "LMCACHE_SERVER_URL": "Where TensorRT-LLM finds the server, unless its `server_url` says.",
     "LMCACHE_TOKEN": "What an engine, or a person, must show a server that was started with it.",
     "LMCACHE_TRACE_PLUGINS": "A flag: print every call of a plugin's hook to stderr.",
 }

@@ -37,6 +37,12 @@ class Geometry:
         if not 1 <= len(self.slices) <= MAX_SLICES:
             raise ConfigError(f"{len(self.slices)} slices; between 1 and {MAX_SLICES} fit")
 
+    def __str__(self) -> str:
+        size = self.slot_bytes(self.pages_per_chunk) / (1 << 20)
+        return (
+            f"chunks of {self.chunk_tokens} tokens ({self.pages_per_chunk} pages, {size:.1f} MiB)"
+        )
+
     @property
     def chunk_tokens(self) -> int:
         """Tokens of a full chunk."""

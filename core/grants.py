@@ -67,12 +67,17 @@ class Granted(NamedTuple):
 class Grants:
     """Waits, on a thread of its own, for whoever schedules. All else is for the main thread."""
 
-    def __init__(self, *, lends: bool = False, deadline_s: float = 1.0) -> None:
+    def __init__(
+        self, *, lends: bool = False, deadline_s: float = 1.0, keeps_s: float = 0.0
+    ) -> None:
         """With `lends`, another process makes the copies.
 
-        Each of them may take `deadline_s` and what its bytes take besides.
+        Each of them may take `deadline_s` and what its bytes take besides. With `keeps_s`, what
+        was granted by a process that has died is `kept` for so many seconds.
         """
         self._lends = lends
+        self._keeps_s = keeps_s
+        self._kept: Granted | None = None
         self._deadline_s = deadline_s
         self.layout: PageLayout | None = None
         self.latest: Granted | None = None
@@ -84,6 +89,7 @@ class Grants:
         self._lender: Lender | None = None
         """The latest, whose pages may have to be taken back."""
         self._door: Door | None = None
+        self._lock = threading.Lock()
         self._closing = DaemonPool(1, "lmcache-closing")
         """Closes the movers of attachments that ended: pinned memory takes long to let go of."""
 
@@ -135,6 +141,14 @@ class Grants:
         granted = self.latest
         return granted if granted and granted.attachment == attachment else None
 
+    def kept(self, attachment: int) -> Granted | None:
+        """What this attachment granted before its process died, to load what it promised.
+
+        Nobody else writes to chunks that were leased, and the memory lasts as long as a mapping.
+        """
+        granted = self._kept
+        return granted if granted and granted.attachment == attachment else None
+
     def take_back(self) -> None:
         """Between two steps: leave a copier behind that is too slow."""
         if self._lender:
@@ -145,6 +159,7 @@ class Grants:
         if self._door:
             self._door.close()
         self._detach()
+        self._forget(self._kept)
 
     def close(self) -> None:
         """After `leave`: return when the slabs of attachments that have ended are unmapped."""
@@ -196,8 +211,25 @@ class Grants:
         return self._lender
 
     def _detach(self) -> None:
-        """Leave the slab alone. Called on the door's thread."""
+        """Leave the slab alone, unless only we still have it. Called on the door's thread."""
         granted, self.latest = self.latest, None
-        if granted:
-            granted.mover.retire()
-            self._closing.submit(granted.mover.close)
+        if granted and self._keeps_s and self._door and self._door.has_lost:
+            self._forget(self._kept)
+            self._kept = granted
+            timer = threading.Timer(self._keeps_s, self._forget, [granted])
+            timer.daemon = True
+            timer.start()
+        elif granted:
+            self._let_go(granted)
+
+    def _forget(self, granted: Granted | None) -> None:
+        """Keep it no longer, if it still is."""
+        with self._lock:
+            if granted is None or self._kept is not granted:
+                return
+            self._kept = None
+        self._let_go(granted)
+
+    def _let_go(self, granted: Granted) -> None:
+        granted.mover.retire()
+        self._closing.submit(granted.mover.close)

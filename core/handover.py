@@ -106,6 +106,15 @@ def address_of(engine_id: str, number: int) -> str:
     return os.path.join(tempfile.gettempdir(), f"lmcache-{os.getuid()}-{name[:16]}.sock")
 
 
+def _is_dead(sock: socket.socket) -> bool:
+    """Whether nobody reads what we would send: who leaves still waits for us to let go."""
+    try:
+        sock.send(b"\0")
+    except OSError:
+        return True
+    return False
+
+
 def _same_user(sock: socket.socket) -> bool:
     return _peer(sock)[1] == os.getuid()
 
@@ -146,6 +155,8 @@ class Door:
         self._address = address
         self._visitor: socket.socket | None = None
         self._closed = False
+        self.has_lost = False
+        """Whether the last decider is gone without waiting for us to let go of its slab."""
         self._listener = socket.socket(socket.AF_UNIX)
         try:
             if not address.startswith("\0") and os.path.exists(address):
@@ -207,6 +218,7 @@ class Door:
             # the decider sees the closed connection
             logger.debug("no slab from the decider: %s", error)
         finally:
+            self.has_lost = _is_dead(sock)
             self._left()
 
     def _introduce(self, sock: socket.socket, unused: ExitStack) -> list[socket.socket]:

@@ -55,6 +55,7 @@ BUILTINS = (
     "lmcache.backends.lz4_codec",
     "lmcache.backends.fp8_codec",
     "lmcache.adapters.sglang",
+    "lmcache.adapters.trtllm",
     "lmcache.adapters.vllm",
     "lmcache.cli.commands",
 )

@@ -14,9 +14,7 @@ from lmcache.adapters.sglang.translate import (
     server_args_of,
     slots_of,
 )
-from lmcache.core.assembly import GIB, assemble
-from lmcache.core.attachment import Attachment
-from lmcache.core.log import init_logger
+from lmcache.core.embedding import embed
 from lmcache.core.wall import TOLERATED, Wall, guarded, nothing
 from lmcache.plugins.manager import PluginManager
 
@@ -27,9 +25,8 @@ if TYPE_CHECKING:
 
     from lmcache.adapters.sglang.metadata import LoadMetadata, StoreMetadata
     from lmcache.adapters.sglang.worker import Loading
+    from lmcache.core.attachment import Attachment
     from lmcache.core.config import Config
-
-logger = init_logger(__name__)
 
 
 class LMCacheLayerwiseConnector(Wall):
@@ -158,17 +155,4 @@ class LMCacheLayerwiseConnector(Wall):
 def _attach(engine_id: str, config: Config, tp_size: int) -> Attachment:
     """Each rank has its share of the memory."""
     share = config.model_copy(update={"max_local_cpu_size": config.max_local_cpu_size / tp_size})
-    plugins = PluginManager()
-    attachment = Attachment.open(
-        engine_id, 1, config.chunk_size, lambda _: assemble(share, plugins), timeout_s=5.0
-    )
-    plugins.engine_started(engine_id)
-    attachment.on_close.append(lambda: plugins.engine_stopped(engine_id))
-    geometry = attachment.geometry
-    logger.info(
-        "Attached: %.2f GiB for chunks of %d tokens (%.1f MiB)",
-        attachment.decider.slab.size / GIB,
-        geometry.chunk_tokens,
-        geometry.slot_bytes(geometry.pages_per_chunk) / (1 << 20),
-    )
-    return attachment
+    return embed(engine_id, 1, share, PluginManager())

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import uuid
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import lmcache
 from lmcache.adapters.sglang.scheduler import Scheduler
 from lmcache.adapters.sglang.translate import namespace_of
 from lmcache.adapters.sglang.worker import Worker
-from lmcache.core.environment import environment_text
 from lmcache.core.exchange import check_alone
 from lmcache.core.joining import Joining
-from lmcache.core.log import init_logger
-from lmcache.core.service import wire
-from lmcache.core.service.client import ServiceClient
+from lmcache.core.service.attaching import Place, join_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,8 +23,6 @@ if TYPE_CHECKING:
     from lmcache.adapters.sglang.settings import Settings
     from lmcache.adapters.sglang.worker import Loading
     from lmcache.core.keys import Namespace
-
-logger = init_logger(__name__)
 
 Pools = tuple["Sequence[torch.Tensor]", "Sequence[torch.Tensor]"]
 """Keys and values, a tensor for each layer."""
@@ -110,28 +104,19 @@ class Joined:
 
 
 def _joined_to_server(engine_id: str, settings: Settings, namespace: Namespace) -> Joining[Any]:
-    endpoint, config = settings.endpoint, settings.config
-    said = asdict(namespace)
-    about = wire.Attach(
+    config = settings.config
+    place = Place(
+        endpoint=settings.endpoint,
+        mode=settings.mp_transfer_mode,
+        deadline_s=settings.mq_timeout,
+        watch_s=settings.heartbeat_interval,
+    )
+    return join_server(
+        place,
+        namespace,
         release=lmcache.__version__,
-        engine=engine_id,
+        engine_id=engine_id,
         name=f"{config.lmcache_instance_id or engine_id} {namespace.parallel}",
         movers=1,
         chunk_size=config.chunk_size if settings.has_chunk_size else None,
-        mode=settings.mp_transfer_mode,
-        deployment=wire.Deployment(**{key: said[key] for key in wire.Deployment.__struct_fields__}),
-        token=environment_text("LMCACHE_TOKEN"),
     )
-
-    def attach() -> ServiceClient:
-        client = ServiceClient.open(endpoint, about, settings.mq_timeout)
-        geometry = client.geometry
-        logger.info(
-            "Attached to %s: chunks of %d tokens (%.1f MiB)",
-            endpoint,
-            geometry.chunk_tokens,
-            geometry.slot_bytes(geometry.pages_per_chunk) / (1 << 20),
-        )
-        return client
-
-    return Joining(attach, f"the server at {endpoint} is gone", settings.heartbeat_interval)

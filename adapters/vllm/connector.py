@@ -10,13 +10,11 @@ from lmcache.adapters.vllm.scheduler import SchedulerSide
 from lmcache.adapters.vllm.step import Step
 from lmcache.adapters.vllm.translate import fence_page_tokens, namespace_of
 from lmcache.adapters.vllm.worker import WorkerSide
-from lmcache.core.assembly import assemble
-from lmcache.core.attachment import Attachment
 from lmcache.core.config import load_config
+from lmcache.core.embedding import embed
 from lmcache.core.errors import ConfigError
 from lmcache.core.joining import Joining
 from lmcache.core.log import init_logger
-from lmcache.core.metrics import Exporter
 from lmcache.core.wall import guarded, nothing
 from lmcache.plugins.manager import PluginManager
 
@@ -150,7 +148,6 @@ def _scheduler_side(
 ) -> SchedulerSide:
     transfer = _transfer(vllm_config)
     plugins = PluginManager()
-
     engine_id = transfer.engine_id
     if getattr(transfer, "kv_load_failure_policy", "recompute") != "recompute":
         logger.info(
@@ -158,55 +155,11 @@ def _scheduler_side(
             '"kv_load_failure_policy": "recompute" in kv-transfer-config computes it instead'
         )
 
-    def attach() -> Attachment:
-        attachment = Attachment.open(
-            engine_id,
-            vllm_config.parallel_config.world_size,
-            config.chunk_size,
-            lambda _: assemble(config, plugins),
-            timeout_s=5.0,
-        )
-        try:
-            _announce(attachment, engine_id, config, plugins)
-        except BaseException:
-            attachment.close()
-            raise
-        return attachment
-
     return SchedulerSide(
         config,
         namespace_of(vllm_config, config),
-        Joining(attach),
+        Joining(lambda: embed(engine_id, vllm_config.parallel_config.world_size, config, plugins)),
         role=transfer.kv_role,
         details=bool(extra.get("enable_cache_usage_details_in_response")),
         fence_page_tokens=fence_page_tokens(vllm_config),
     )
-
-
-def _announce(
-    attachment: Attachment, engine_id: str, config: Config, plugins: PluginManager
-) -> None:
-    """Show the counters and tell the plugins, now and when the attachment ends."""
-    try:
-        name = config.lmcache_instance_id or engine_id
-        exporter = Exporter(name, attachment.decider, config.metrics_port)
-        attachment.on_close.append(exporter.close)
-    except OSError as error:
-        logger.warning("no metrics on port %d: %s", config.metrics_port, error)
-    plugins.engine_started(engine_id)
-    attachment.on_close.append(lambda: plugins.engine_stopped(engine_id))
-    geometry = attachment.geometry
-    logger.info(
-        "Attached: %.2f GiB for chunks of %d tokens (%d pages, %.1f MiB)",
-        attachment.decider.slab.size / (1 << 30),
-        geometry.chunk_tokens,
-        geometry.pages_per_chunk,
-        geometry.slot_bytes(geometry.pages_per_chunk) / (1 << 20),
-    )
-    if geometry.chunk_tokens != config.chunk_size:
-        logger.warning(
-            "chunk_size %d is not whole engine pages of %d tokens: using %d",
-            config.chunk_size,
-            geometry.page_tokens,
-            geometry.chunk_tokens,
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
@@ -18,12 +17,9 @@ from lmcache.adapters.vllm.step import Step
 from lmcache.adapters.vllm.translate import fence_page_tokens, namespace_of
 from lmcache.adapters.vllm.worker import WorkerSide
 from lmcache.core.config import LoadedConfig, load_config
-from lmcache.core.environment import environment_text
 from lmcache.core.errors import ConfigError, LayoutError
-from lmcache.core.joining import Joining
 from lmcache.core.log import init_logger
-from lmcache.core.service import wire
-from lmcache.core.service.client import ServiceClient
+from lmcache.core.service.attaching import Place, join_server
 from lmcache.core.wall import guarded, nothing
 
 try:  # vLLM 0.32 and later tell hits by where they come from
@@ -202,40 +198,22 @@ def _scheduler_side(
         config = config.model_copy(update={"save_decode_cache": options.save_decode_cache})
     _warn_of_what_is_the_servers(loaded)
     namespace = namespace_of(vllm_config, config)
-    about = asdict(namespace)
-    attach = wire.Attach(
+    autostart = Autostart(options) if options.autostart else None
+    joining = join_server(
+        Place(
+            endpoint=options.endpoint,
+            mode=options.mp_transfer_mode,
+            deadline_s=options.mq_timeout,
+            watch_s=options.heartbeat_interval,
+            patience_s=None if options.nonblocking_lookup_status else options.mq_timeout,
+        ),
+        namespace,
         release=lmcache.__version__,
-        engine=transfer.engine_id,
+        engine_id=transfer.engine_id,
         name=config.lmcache_instance_id or f"{vllm_config.model_config.model}@{transfer.engine_id}",
         movers=vllm_config.parallel_config.world_size,
         chunk_size=None if loaded.sources["chunk_size"] == "default" else config.chunk_size,
-        mode=options.mp_transfer_mode,
-        deployment=wire.Deployment(
-            **{key: about[key] for key in wire.Deployment.__struct_fields__}
-        ),
-        token=environment_text("LMCACHE_TOKEN"),
-    )
-    autostart = Autostart(options) if options.autostart else None
-    patience = None if options.nonblocking_lookup_status else options.mq_timeout
-
-    def open_client() -> ServiceClient:
-        if autostart:
-            autostart.ensure()
-        client = ServiceClient.open(
-            options.endpoint, attach, options.mq_timeout, patience_s=patience
-        )
-        geometry = client.geometry
-        logger.info(
-            "Attached to %s: chunks of %d tokens (%d pages, %.1f MiB)",
-            options.endpoint,
-            geometry.chunk_tokens,
-            geometry.pages_per_chunk,
-            geometry.slot_bytes(geometry.pages_per_chunk) / (1 << 20),
-        )
-        return client
-
-    joining = Joining(
-        open_client, f"the server at {options.endpoint} is gone", options.heartbeat_interval
+        before=autostart.ensure if autostart else None,
     )
     return SchedulerSide(
         config,

@@ -101,7 +101,7 @@ class Server:
         deadline = time.monotonic() + timeout_s
         while not condition(status := self.get("status")):
             assert time.monotonic() < deadline, status
-            time.sleep(0.05)
+            time.sleep(0.005)
         return status
 
     def wait_idle(self, timeout_s=10.0):

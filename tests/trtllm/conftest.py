@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -13,6 +14,12 @@ HERE = str(Path(__file__).resolve().parent)
 # tests belong to no package, and a connector must be importable by its name as TensorRT-LLM does it
 if HERE not in sys.path:
     sys.path.insert(0, HERE)
+
+ENGINES = Path(HERE).parent / "engines"
+for name in ("harness", "served"):
+    spec = importlib.util.spec_from_file_location(name, ENGINES / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 pytest.register_assert_rewrite("suite")
 standin = importlib.import_module("standin")
@@ -41,3 +48,12 @@ def choose(profile):
         return minimal
 
     return choose
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server of ours."""
+    log = tmp_path_factory.mktemp("lmcache") / "server.log"
+    server = sys.modules["served"].Server(log, "--l1-size-gb", "0.2", "--chunk-size", "64")
+    yield server.start()
+    server.stop()

@@ -1,0 +1,198 @@
+"""Every hook that TensorRT-LLM calls, for both of our connectors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lmcache.adapters.trtllm import api
+from lmcache.adapters.trtllm.meeting import LIVE, engine_id_for
+from lmcache.adapters.trtllm.scheduler import Scheduler
+from lmcache.adapters.trtllm.settings import load_settings
+from lmcache.adapters.trtllm.step import Step
+from lmcache.adapters.trtllm.translate import (
+    check_args,
+    kind_of,
+    layout_of,
+    namespace_of,
+    page_tokens_of,
+    regions_layout,
+)
+from lmcache.adapters.trtllm.worker import Worker
+from lmcache.core.errors import LayoutError, LMCacheError
+from lmcache.core.wall import Wall, guarded, nothing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from lmcache.adapters.trtllm.settings import Settings
+    from lmcache.core.joining import Joining
+    from lmcache.core.keys import Namespace
+    from lmcache.core.layout import PageLayout
+
+
+def _no_tokens() -> tuple[int, bool]:
+    return 0, False
+
+
+class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
+    """On the leader alone."""
+
+    def __init__(self, llm_args: Any) -> None:
+        """Raises `ConfigError` for what cannot be cached, or cannot be configured so."""
+        super().__init__(llm_args)
+        check_args(llm_args)
+        settings = load_settings(llm_args)
+        config = settings.loaded.config
+        engine_id = engine_id_for(llm_args)
+        namespace = namespace_of(llm_args, config)
+        self._scheduler = Scheduler(
+            config,
+            namespace,
+            engine_id,
+            lambda: self._join(engine_id, settings, namespace),
+            page_tokens=page_tokens_of(llm_args),
+            tells_of_cancels=api.TELLS_OF_CANCELS,
+        )
+        LIVE.add(self)
+
+    def _join(self, engine_id: str, settings: Settings, namespace: Namespace) -> Joining[Any]:
+        raise NotImplementedError
+
+    def wait_for_initialization(self) -> None:
+        """All ranks have pools: the cache can be joined. Older versions do not say so."""
+        self._scheduler.start()
+
+    @guarded(_no_tokens)
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        """Tokens that will be loaded beyond TensorRT-LLM's own, before the pass."""
+        return self._scheduler.matched_tokens(request, num_computed_tokens), False
+
+    def update_state_after_alloc(self, request: Any, block_ids: list[int]) -> None:
+        """Which blocks a request has is said again when it runs."""
+
+    def update_state_after_alloc_by_layer_group(
+        self, request: Any, block_ids_by_layer_group: list[list[int]]
+    ) -> None:
+        """Likewise."""
+
+    def build_connector_meta(self, scheduler_output: Any) -> Step | None:
+        """What every rank copies with the pass that follows."""
+        owes = self._scheduler.owes(scheduler_output)
+        try:
+            return self._scheduler.build(scheduler_output)
+        except Exception:
+            self.count_error("build_connector_meta")
+            text = "an error of LMCache's, see the leader's log: blocks were promised and are lost"
+            return Step(broken=text) if owes else None
+
+    @guarded(nothing)
+    def cancel_load(self, request: Any, start: int, end: int) -> None:
+        """A part of what was promised is not wanted."""
+        self._scheduler.give_up(request.request_id, start, end)
+
+    @guarded(nothing)
+    def request_reset(self, request: Any) -> None:
+        """A request has lost its blocks and will be asked about again."""
+        self._scheduler.forget(request.request_id)
+
+    def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
+        """Nothing reads a request's blocks any more when its last pass is over."""
+        self._forget(request)
+        return False
+
+    def request_finished_by_layer_group(
+        self, request: Any, cache_block_ids_by_layer_group: list[list[int]]
+    ) -> bool:
+        """Likewise."""
+        return self.request_finished(request, [])
+
+    @guarded(nothing)
+    def _forget(self, request: Any) -> None:
+        self._scheduler.forget(request.request_id)
+
+    def shutdown(self) -> None:
+        """Let go of everything; again does nothing."""
+        LIVE.discard(self)
+        self._scheduler.close()
+
+
+class WorkerHooks(Wall, api.KvCacheConnectorWorker):
+    """On every rank."""
+
+    def __init__(self, llm_args: Any) -> None:
+        super().__init__(llm_args)
+        self._rank = api.rank()
+        self._kind = kind_of(llm_args)
+        self._page_tokens = page_tokens_of(llm_args)
+        # only the leader has a scheduler, whose name for the engine counts
+        self._engine_id = "" if self._rank else engine_id_for(llm_args)
+        self._worker = Worker()
+        LIVE.add(self)
+
+    def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
+        """The pool. Raises `LayoutError` for one that cannot be copied safely."""
+        self._open(
+            lambda: (
+                layout_of(kv_cache_tensor, self._page_tokens, self._kind),
+                [kv_cache_tensor],
+            )
+        )
+
+    def register_kv_cache_layout(self, layout: Any) -> None:
+        """Likewise, where pools are described."""
+        self._open(lambda: regions_layout(layout, self._kind))
+
+    def _open(self, look: Callable[[], tuple[PageLayout, list[torch.Tensor]]]) -> None:
+        """Be there for the scheduler, which may look for the ranks when all have returned.
+
+        What one of them refuses is refused by all: who goes on would wait for it for ever.
+        """
+        engine_id, problem = api.from_leader(self._engine_id), ""
+        try:
+            self._worker.open(engine_id, self._rank, *look())
+        except LMCacheError as error:
+            problem = str(error)
+        for text in filter(None, api.from_all(problem)):
+            self._worker.close()
+            raise LayoutError(text)
+
+    def start_load_kv(self, stream: Any) -> None:
+        """Load what the pass counts on.
+
+        Raises `RuntimeError` if that cannot be: nothing else would keep TensorRT-LLM from answering
+        from what is not there.
+        """
+        step = self.get_connector_meta()
+        self._clear_connector_meta()  # TensorRT-LLM does not, and may call again
+        self._worker.begin(step, stream)
+
+    def wait_for_layer_load(self, layer_idx: int, stream: Any) -> None:
+        """All layers have been loaded: a pass that is replayed as a CUDA graph calls no hook."""
+
+    def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
+        """All layers are stored together, for the same reason."""
+
+    @guarded(nothing)
+    def wait_for_save(self, stream: Any) -> None:
+        """Store what the pass has computed."""
+        self._worker.finish(stream)
+
+    def get_finished(
+        self, finished_gen_req_ids: Sequence[int], started_loading_req_ids: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """No copy outlasts the pass it belongs to, which is over if it has not failed."""
+        self._abandon()
+        return list(finished_gen_req_ids), list(started_loading_req_ids)
+
+    @guarded(nothing)
+    def _abandon(self) -> None:
+        self._worker.finish(None)
+
+    def shutdown(self) -> None:
+        """Let go of everything; again does nothing."""
+        LIVE.discard(self)
+        self._worker.close()

@@ -1,0 +1,45 @@
+"""How the parts of an engine find each other, and those that are alive in this process."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import Any, Protocol
+from weakref import WeakSet
+
+_LOCK = threading.Lock()
+_WAITING: dict[int, tuple[Any, str]] = {}
+"""Engines of which one part has been made, by the arguments that it was given."""
+
+
+class Closable(Protocol):
+    """A part of an engine."""
+
+    def shutdown(self) -> None:
+        """Let go of everything."""
+
+
+LIVE: WeakSet[Closable] = WeakSet()
+"""The parts in this process."""
+
+
+def engine_id_for(llm_args: Any) -> str:
+    """The name of an engine, for its scheduler and the worker beside it, which are made at once.
+
+    TensorRT-LLM has no name for an engine, but gives both the same arguments.
+    """
+    with _LOCK:
+        if id(llm_args) in _WAITING:
+            return _WAITING.pop(id(llm_args))[1]
+        engine_id = f"trtllm-{uuid.uuid4().hex}"
+        _WAITING[id(llm_args)] = llm_args, engine_id
+        return engine_id
+
+
+def destroy_engine() -> None:
+    """Close every connector in this process, if there is one; again does nothing.
+
+    TensorRT-LLM usually runs its engine in processes of its own: those end by themselves.
+    """
+    for part in list(LIVE):
+        part.shutdown()

@@ -1,0 +1,59 @@
+"""What the leader tells every rank about one pass of TensorRT-LLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmcache.core.client import CacheClient
+    from lmcache.core.decider import Hit
+    from lmcache.core.index import Slot
+    from lmcache.core.mover import Move
+
+
+@dataclass
+class Step:
+    """Plain data: it is pickled."""
+
+    attachment: int = 0
+    number: int = 0
+    """Of the step in that attachment; 0 if nobody waits for its end."""
+    loads: list[tuple[int, list[Move]]] = field(default_factory=list)
+    """What TensorRT-LLM counts on, by the attachment that holds it, which may have ended."""
+    stores: list[Move] = field(default_factory=list)
+    broken: str = ""
+    """Why something that TensorRT-LLM counts on cannot be had, if that is so."""
+
+
+class Draft:
+    """A step that is being planned; what it holds is given back if it does not depart."""
+
+    def __init__(self, cache: CacheClient | None) -> None:
+        self.step = Step()
+        self.cache = cache
+        self._hits: list[Hit] = []
+        self._slots: list[Slot] = []
+
+    def load(self, cache: CacheClient, hit: Hit, moves: list[Move]) -> None:
+        """Have a hit of `cache`, which may have ended, loaded."""
+        self.step.loads.append((cache.number, moves))
+        if cache is self.cache:
+            self._hits.append(hit)
+
+    def hold(self, slots: list[Slot]) -> None:
+        """These are reserved, for moves that may follow."""
+        self._slots += slots
+
+    def depart(self) -> Step | None:
+        """The step, on its way; None if there is nothing to do."""
+        if self.cache:
+            self.step.attachment = self.cache.number
+            self.step.number = self.cache.depart(self._slots, self._hits)
+        is_empty = not (self.step.number or self.step.loads or self.step.broken)
+        return None if is_empty else self.step
+
+    def cancel(self) -> None:
+        """It will not be sent."""
+        if self.cache:
+            self.cache.cancel(self._slots, self._hits)
