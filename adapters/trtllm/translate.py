@@ -56,18 +56,11 @@ def check_args(llm_args: Any) -> None:
 
 
 def _check_node(llm_args: Any) -> None:
-    mapping = mapping_of(llm_args)
-    here = getattr(mapping, "gpus_per_node", None)
+    here = getattr(llm_args, "gpus_per_node", None)
     if here and here < ranks_of(llm_args):
         raise ConfigError(
             f"{ranks_of(llm_args)} ranks on nodes of {here}: the ranks of an engine must be on one"
         )
-
-
-def mapping_of(llm_args: Any) -> Any:
-    """Where this rank is among the others; None where that is not said."""
-    parallel = getattr(llm_args, "parallel_config", None)
-    return parallel.to_mapping() if parallel is not None else None
 
 
 def ranks_of(llm_args: Any) -> int:

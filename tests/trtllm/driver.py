@@ -54,6 +54,8 @@ class Crew:
     def _remoteness(error):
         """How far an error is from what went wrong."""
         kinds = (Violation, ExecutorDied, standin_comm.OutOfStep)
+        if isinstance(error.__cause__, standin_comm.OutOfStep):
+            return len(kinds)
         return next((at for at, kind in enumerate(kinds) if isinstance(error, kind)), 1)
 
     def _run(self, communicator, work):

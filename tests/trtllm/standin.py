@@ -10,6 +10,7 @@ import standin_api
 import standin_args
 import standin_comm
 import standin_layout
+import standin_llm
 import standin_request
 from standin_manager import KvCacheConnectorManager
 from standin_profiles import PROFILES
@@ -34,6 +35,7 @@ def modules(profile):
 
     collectives = {name: getattr(standin_comm, name) for name in COLLECTIVES}
     add(PACKAGE, mpi_rank=standin_comm.mpi_rank)
+    add(PACKAGE, LLM=standin_llm.llm_class(profile), SamplingParams=standin_llm.SamplingParams)
     add(f"{PACKAGE}._utils", **collectives)
     add(f"{PACKAGE}.bindings", LlmRequestState=standin_request.LlmRequestState)
     native, python = standin_request.NativeRequest, standin_request.PythonRequest
