@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lmcache.core.chain import KeyChain
 from lmcache.core.fetch import PLAIN, Asking
+from lmcache.core.keys import root_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lmcache.core.chain import KeyChain
     from lmcache.core.decider import Hit
     from lmcache.core.geometry import Geometry
     from lmcache.core.index import Slot
+    from lmcache.core.keys import Identity, Insert, Namespace
     from lmcache.core.receipts import Reason
 
 
@@ -26,6 +29,23 @@ class CacheClient(ABC):
     geometry: Geometry
     number: int
     """Tells it from every other attachment of the engine: a step names it."""
+
+    def chain(
+        self,
+        namespace: Namespace,
+        identity: Identity,
+        tokens: Sequence[int],
+        inserts: Sequence[Insert] = (),
+    ) -> KeyChain:
+        """The keys of `tokens` here; the layout of `namespace` is this engine's."""
+        geometry = self.geometry
+        return KeyChain(
+            root_key(replace(namespace, layout=geometry.layout.hex()), identity),
+            tokens,
+            page_tokens=geometry.page_tokens,
+            pages_per_chunk=geometry.pages_per_chunk,
+            inserts=inserts,
+        )
 
     @abstractmethod
     def lookup(self, owner: str, chain: KeyChain, stop: int, asking: Asking = PLAIN) -> Hit | None:

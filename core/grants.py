@@ -212,14 +212,16 @@ class Grants:
 
     def _detach(self) -> None:
         """Leave the slab alone, unless only we still have it. Called on the door's thread."""
-        granted, self.latest = self.latest, None
+        granted = self.latest
         if granted and self._keeps_s and self._door and self._door.has_lost:
             self._forget(self._kept)
-            self._kept = granted
+            self._kept = granted  # before it is the latest no more: somebody may be looking for it
+            self.latest = None
             timer = threading.Timer(self._keeps_s, self._forget, [granted])
             timer.daemon = True
             timer.start()
         elif granted:
+            self.latest = None
             self._let_go(granted)
 
     def _forget(self, granted: Granted | None) -> None:

@@ -21,3 +21,15 @@ def init_logger(name: str) -> logging.Logger:
         root.setLevel(os.environ.get("LMCACHE_LOG_LEVEL", "INFO").upper())
         root.propagate = False
     return logging.getLogger(name)
+
+
+def log_copies(logger: logging.Logger, what: str, size: int, seconds: float) -> None:
+    """Tell people of copies that were made: `size` bytes."""
+    throughput = size / 1e9 / seconds if seconds else 0.0
+    logger.info(
+        "%s. size: %.4f GB, cost %.4f ms, throughput: %.4f GB/s",
+        what,
+        size / 1e9,
+        seconds * 1e3,
+        throughput,
+    )

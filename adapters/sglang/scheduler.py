@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmcache.adapters.sglang.translate import tokens_of
-from lmcache.core.chain import KeyChain
 from lmcache.core.engine import moves_for
-from lmcache.core.keys import Identity, root_key
+from lmcache.core.keys import Identity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lmcache.core.chain import KeyChain
     from lmcache.core.client import CacheClient
     from lmcache.core.decider import Hit
     from lmcache.core.joining import Joining
@@ -149,11 +149,4 @@ class Scheduler:
     # ----
 
     def _chain(self, cache: CacheClient, token_ids: Sequence[int], salt: str) -> KeyChain:
-        geometry = cache.geometry
-        namespace = replace(self._namespace, layout=geometry.layout.hex())
-        return KeyChain(
-            root_key(namespace, Identity(salt=salt)),
-            tokens_of(token_ids),
-            page_tokens=geometry.page_tokens,
-            pages_per_chunk=geometry.pages_per_chunk,
-        )
+        return cache.chain(self._namespace, Identity(salt=salt), tokens_of(token_ids))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache.adapters.sglang.translate import layout_of, pools_of
 from lmcache.core.grants import Grants
-from lmcache.core.log import init_logger
+from lmcache.core.log import init_logger, log_copies
 from lmcache.core.selfcheck import check_layout
 
 if TYPE_CHECKING:
@@ -145,12 +145,5 @@ class Worker:
 
 
 def _log(what: str, copies: Copies, size: int, seconds: float) -> None:
-    logger.info(
-        "%s %d out of total %d tokens. size: %.4f GB, cost %.4f ms, throughput: %.4f GB/s",
-        what,
-        sum(len(move.pages) for move in copies.moves),
-        copies.total,
-        size / 1e9,
-        seconds * 1e3,
-        size / 1e9 / seconds if seconds else 0.0,
-    )
+    tokens = sum(len(move.pages) for move in copies.moves)
+    log_copies(logger, f"{what} {tokens} out of total {copies.total} tokens", size, seconds)

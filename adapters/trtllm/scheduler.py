@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lmcache.adapters.trtllm.step import Draft, Step
 from lmcache.adapters.trtllm.translate import blocks_of, identity_of, inserts_of, tokens_of
-from lmcache.core.chain import KeyChain
 from lmcache.core.engine import moves_for
 from lmcache.core.environment import environment_flag
-from lmcache.core.keys import root_key
 from lmcache.core.log import init_logger
 from lmcache.core.mover import HOLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lmcache.core.chain import KeyChain
     from lmcache.core.client import CacheClient
     from lmcache.core.config import Config
     from lmcache.core.decider import Hit
@@ -251,15 +250,8 @@ class Scheduler:
         inserts = inserts_of(request)
         if inserts is None:
             return None
-        geometry = cache.geometry
-        namespace = replace(self._namespace, layout=geometry.layout.hex())
-        chain = KeyChain(
-            root_key(namespace, identity_of(request, self._engine_id)),
-            tokens_of(request),
-            page_tokens=geometry.page_tokens,
-            pages_per_chunk=geometry.pages_per_chunk,
-            inserts=inserts,
-        )
+        identity = identity_of(request, self._engine_id)
+        chain = cache.chain(self._namespace, identity, tokens_of(request), inserts)
         return Tracked(cache, chain, len(chain.tokens), local, local, seen=self._passes)
 
     def _let_go(self, request_id: int, tracked: Tracked) -> None:

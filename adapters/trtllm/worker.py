@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from lmcache.core.grants import Grants
-from lmcache.core.log import init_logger
+from lmcache.core.log import init_logger, log_copies
 from lmcache.core.selfcheck import check_layout
 
 if TYPE_CHECKING:
@@ -114,11 +114,5 @@ class Worker:
 
     def _log(self, what: str, blocks: int, size: int, seconds: float) -> None:
         assert self._grants.layout
-        logger.info(
-            "%s %d tokens. size: %.4f GB, cost %.4f ms, throughput: %.4f GB/s",
-            what,
-            blocks * self._grants.layout.page_tokens,
-            size / 1e9,
-            seconds * 1e3,
-            size / 1e9 / max(seconds, 1e-9),
-        )
+        tokens = blocks * self._grants.layout.page_tokens
+        log_copies(logger, f"{what} {tokens} tokens", size, seconds)

@@ -16,10 +16,8 @@ from lmcache.adapters.vllm.translate import (
     options_of,
     why_unkeyable,
 )
-from lmcache.core.chain import KeyChain
 from lmcache.core.environment import environment_flag
 from lmcache.core.fetch import Asking
-from lmcache.core.keys import root_key
 from lmcache.core.log import init_logger
 
 if TYPE_CHECKING:
@@ -335,14 +333,8 @@ class SchedulerSide:
         return self._tracked.get(tracked.request.request_id) is tracked
 
     def _new(self, cache: CacheClient, request: Any) -> Tracked:
-        geometry = cache.geometry
-        namespace = replace(self._namespace, layout=geometry.layout.hex())
-        chain = KeyChain(
-            root_key(namespace, identity_of(request)),
-            request.all_token_ids,
-            page_tokens=geometry.page_tokens,
-            pages_per_chunk=geometry.pages_per_chunk,
-            inserts=inserts_of(request),
+        chain = cache.chain(
+            self._namespace, identity_of(request), request.all_token_ids, inserts_of(request)
         )
         limit = self._config.priority_limit
         keyable = not why_unkeyable(request)

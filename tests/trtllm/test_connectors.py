@@ -29,6 +29,14 @@ def found(engine, tokens, **about):
     return queries(engine)[-1][1]
 
 
+def run(words, env=None):
+    """What another Python says."""
+    options = {"capture_output": True, "text": True, "env": env}
+    done = subprocess.run([sys.executable, *words], check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture
 def v1_3():
     with standin.installed("v1_3") as profile:
@@ -402,8 +410,7 @@ class TestFrontDoor:
             "from lmcache.integration.tensorrt_llm import destroy_engine as end; end(); end()\n"
             "import sys; print('torch' in sys.modules)"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
+        assert run(["-c", code]).strip() == "False"
 
     def test_an_engine_that_is_destroyed_twice(self, start):
         engine = start()
@@ -419,8 +426,7 @@ class TestFrontDoor:
         env = {key: text for key, text in os.environ.items() if key != "PYTHONHASHSEED"}
         env |= {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": "2.0"}
         script = [SCRIPTS / "standin_first.py", SCRIPTS / f"{name}.py"]
-        done = subprocess.run([sys.executable, *script], capture_output=True, text=True, env=env)
-        assert (done.returncode, len(done.stdout.strip())) == (0, 64), done.stderr
+        assert len(run(script, env).strip()) == 64
 
     def test_one_field_of_a_preset_is_another(self, v1_3, monkeypatch):
         plug = in_process(monkeypatch)
