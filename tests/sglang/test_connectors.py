@@ -176,6 +176,32 @@ def test_some_requests_are_given_up(way, server, cache, reference):
         cache.wait_idle()
 
 
+@pytest.mark.parametrize("name", ["0.5.9, busy", "0.5.20 in-process, busy"])
+def test_a_pool_that_is_evicted_from_in_process(name, start_sglang, reference, tmp_path):
+    """While other requests run; if none did, SGLang could wait for ever: see docs/sglang.md."""
+    way = WAYS[name]
+    said = configured(way, tmp_path, None)
+    said["env"]["LMCACHE_LOG_LEVEL"] = "INFO"
+    is_over = threading.Event()
+
+    def keep_it_busy(seed):
+        while not is_over.is_set():
+            server.generate(tokens(seed, 20), 700, rid=str(seed))
+
+    with start_sglang(way.version, pool_tokens=4096, **way.options, **said) as server:
+        with ThreadPoolExecutor(2) as pool:
+            busy = [pool.submit(keep_it_busy, seed) for seed in (8, 9)]
+            for _ in range(3):
+                answers = server.many(requests(), at_once=4)
+                assert [answer.output_ids for answer in answers] == reference["many"]
+            is_over.set()
+            for future in busy:
+                future.result()
+        # without a flush, only what was evicted is loaded
+        assert server.log().count("Retrieved") > 40
+        server.kill()
+
+
 def test_a_load_that_is_wrong_is_seen(start_sglang, start_lmcache, reference, tmp_path):
     """Or none of these tests could fail."""
     way = WAYS["0.5.23"]

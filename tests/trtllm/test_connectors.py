@@ -197,11 +197,6 @@ class TestServers:
             if server._process is not None:
                 server.stop()
 
-    @pytest.fixture(params=["v1_2", "main_v2"])
-    def profile(self, request):
-        with standin.installed(request.param) as profile:
-            yield profile
-
     def begin(self, profile, monkeypatch, server, **options):
         plug = with_server(monkeypatch, server, settle=lambda: None)
         return Engine(profile, plug, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from driver import Engine
 from ours import in_process, with_server
 from suite import ConnectorSuite, Version2Suite
 
@@ -19,6 +20,17 @@ class WithServer:
         return with_server(monkeypatch, server)
 
 
+class TwoRanks:
+    """Each with its own blocks and its own share; what a test does to one of them is left out."""
+
+    test_a_batch_that_fails_is_all_that_fails = None
+    test_a_request_that_nobody_knows_is_ignored = None
+
+    @pytest.fixture
+    def start(self, profile, plug):
+        return lambda **options: Engine(profile, plug, **{"ranks": 2, "layers": 1, **options})
+
+
 class TestInProcess(InProcess, ConnectorSuite):
     pass
 
@@ -32,4 +44,20 @@ class TestWithServer(WithServer, ConnectorSuite):
 
 
 class TestWithServerVersion2(WithServer, Version2Suite):
+    pass
+
+
+class TestInProcessTwoRanks(TwoRanks, InProcess, ConnectorSuite):
+    pass
+
+
+class TestInProcessVersion2TwoRanks(TwoRanks, InProcess, Version2Suite):
+    pass
+
+
+class TestWithServerTwoRanks(TwoRanks, WithServer, ConnectorSuite):
+    pass
+
+
+class TestWithServerVersion2TwoRanks(TwoRanks, WithServer, Version2Suite):
     pass
