@@ -30,6 +30,7 @@ def clear(service: Service, tier: str) -> dict[str, Any]:
 
 def status(service: Service) -> dict[str, Any]:
     """The server, its memory, its tiers and its engines."""
+    service.settle()  # who asks often would keep it from doing so in between
     decider = service.decider
     return {
         "release": service.terms.release,
