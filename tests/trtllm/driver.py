@@ -236,9 +236,12 @@ class Engine:
         for executor in self.ranks:
             executor.memory.forget()
 
-    def audit(self):
-        """Ask again for everything, from a connector that must have it right or not at all."""
-        asked = list(zip(self.wishes, self.requests, strict=True))
+    def audit(self, last=0):
+        """Ask again for everything, from a connector that must have it right or not at all.
+
+        Or for what was asked `last`.
+        """
+        asked = list(zip(self.wishes, self.requests, strict=True))[-last:]
         for wish, request in asked:
             for tokens in {wish.prompt, tuple(request.tokens)}:
                 self.forget()

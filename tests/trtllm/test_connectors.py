@@ -248,7 +248,7 @@ class TestServers:
             found(engine, prompt(140))
             server.wait_idle()
             assert found(engine, prompt(140)) == 128
-            engine.audit()
+            engine.audit(last=9)
             server.wait_idle()
 
     @pytest.mark.parametrize("is_noticed", [False, True])
