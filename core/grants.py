@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+LEAVE_S = 1.0
+"""How long a process that wants its memory back is kept waiting for what it has promised."""
+
 
 class Progress:
     """Which steps of one attachment are done: a mover may only answer them in order."""
@@ -73,11 +76,13 @@ class Grants:
         """With `lends`, another process makes the copies.
 
         Each of them may take `deadline_s` and what its bytes take besides. With `keeps_s`, what
-        was granted by a process that has died is `kept` for so many seconds.
+        was granted by a process that has died is `kept` for so many seconds, and for `LEAVE_S` if
+        the process lives and waits for us.
         """
         self._lends = lends
         self._keeps_s = keeps_s
         self._kept: Granted | None = None
+        self._is_over = threading.Event()
         self._deadline_s = deadline_s
         self.layout: PageLayout | None = None
         self.latest: Granted | None = None
@@ -156,6 +161,7 @@ class Grants:
 
     def leave(self) -> None:
         """Stop listening, and have every copy end: those under way at once, all others fail."""
+        self._is_over.set()
         if self._door:
             self._door.close()
         self._detach()
@@ -213,16 +219,23 @@ class Grants:
     def _detach(self) -> None:
         """Leave the slab alone, unless only we still have it. Called on the door's thread."""
         granted = self.latest
-        if granted and self._keeps_s and self._door and self._door.has_lost:
+        if granted and self._keeps_s and self._door:
             self._forget(self._kept)
             self._kept = granted  # before it is the latest no more: somebody may be looking for it
             self.latest = None
-            timer = threading.Timer(self._keeps_s, self._forget, [granted])
-            timer.daemon = True
-            timer.start()
+            self._keep(granted, for_long=self._door.has_lost)
         elif granted:
             self.latest = None
             self._let_go(granted)
+
+    def _keep(self, granted: Granted, *, for_long: bool) -> None:
+        if for_long:
+            timer = threading.Timer(self._keeps_s, self._forget, [granted])
+            timer.daemon = True
+            timer.start()
+        else:  # nothing of it is anybody else's before this returns
+            self._is_over.wait(LEAVE_S)
+            self._forget(granted)
 
     def _forget(self, granted: Granted | None) -> None:
         """Keep it no longer, if it still is."""

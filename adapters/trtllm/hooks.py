@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lmcache.adapters.trtllm import api
 from lmcache.adapters.trtllm.meeting import LIVE, engine_id_for
 from lmcache.adapters.trtllm.scheduler import Scheduler
-from lmcache.adapters.trtllm.settings import load_settings
+from lmcache.adapters.trtllm.settings import load_settings, take_over_environment
 from lmcache.adapters.trtllm.step import Step
 from lmcache.adapters.trtllm.translate import (
     check_args,
@@ -22,7 +23,7 @@ from lmcache.core.errors import LayoutError, LMCacheError
 from lmcache.core.wall import Wall, guarded, nothing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -45,7 +46,7 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
         check_args(llm_args)
         settings = load_settings(llm_args)
         config = settings.loaded.config
-        engine_id = engine_id_for(llm_args)
+        engine_id = engine_id_for(llm_args, "scheduler")
         namespace = namespace_of(llm_args, config)
         self._scheduler = Scheduler(
             config,
@@ -89,19 +90,20 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
             text = "an error of LMCache's, see the leader's log: blocks were promised and are lost"
             return Step(broken=text) if owes else None
 
-    @guarded(nothing)
     def cancel_load(self, request: Any, start: int, end: int) -> None:
         """A part of what was promised is not wanted."""
-        self._scheduler.give_up(request.request_id, start, end)
+        with self._wall("cancel_load"):
+            self._scheduler.give_up(request.request_id, start, end)
 
-    @guarded(nothing)
     def request_reset(self, request: Any) -> None:
         """A request has lost its blocks and will be asked about again."""
-        self._scheduler.forget(request.request_id)
+        with self._wall("request_reset"):
+            self._scheduler.forget(request.request_id)
 
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
         """Nothing reads a request's blocks any more when its last pass is over."""
-        self._forget(request)
+        with self._wall("request_finished"):
+            self._scheduler.forget(request.request_id)
         return False
 
     def request_finished_by_layer_group(
@@ -110,9 +112,13 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
         """Likewise."""
         return self.request_finished(request, [])
 
-    @guarded(nothing)
-    def _forget(self, request: Any) -> None:
-        self._scheduler.forget(request.request_id)
+    @contextmanager
+    def _wall(self, where: str) -> Iterator[None]:
+        """Errors stop here, but however many there were: what is not tidied up stays leased."""
+        try:
+            yield
+        except Exception:
+            self.count_error(where)
 
     def shutdown(self) -> None:
         """Let go of everything; again does nothing."""
@@ -125,11 +131,12 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
 
     def __init__(self, llm_args: Any) -> None:
         super().__init__(llm_args)
+        take_over_environment()
         self._rank = api.rank()
         self._kind = kind_of(llm_args)
         self._page_tokens = page_tokens_of(llm_args)
         # only the leader has a scheduler, whose name for the engine counts
-        self._engine_id = "" if self._rank else engine_id_for(llm_args)
+        self._engine_id = "" if self._rank else engine_id_for(llm_args, "worker")
         self._worker = Worker()
         LIVE.add(self)
 
@@ -156,6 +163,8 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
             self._worker.open(engine_id, self._rank, *look())
         except LMCacheError as error:
             problem = str(error)
+        except Exception as error:
+            problem = repr(error)
         for text in filter(None, api.from_all(problem)):
             self._worker.close()
             raise LayoutError(text)

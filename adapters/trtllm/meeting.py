@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 import uuid
 from typing import Any, Protocol
-from weakref import WeakSet
 
 _LOCK = threading.Lock()
-_WAITING: dict[int, tuple[Any, str]] = {}
+_WAITING: dict[int, tuple[Any, str, str]] = {}
 """Engines of which one part has been made, by the arguments that it was given."""
 
 
@@ -19,20 +18,20 @@ class Closable(Protocol):
         """Let go of everything."""
 
 
-LIVE: WeakSet[Closable] = WeakSet()
-"""The parts in this process."""
+LIVE: set[Closable] = set()
+"""The parts in this process. Nothing but `shutdown` ends what they began."""
 
 
-def engine_id_for(llm_args: Any) -> str:
+def engine_id_for(llm_args: Any, part: str) -> str:
     """The name of an engine, for its scheduler and the worker beside it, which are made at once.
 
     TensorRT-LLM has no name for an engine, but gives both the same arguments.
     """
     with _LOCK:
-        if id(llm_args) in _WAITING:
-            return _WAITING.pop(id(llm_args))[1]
-        engine_id = f"trtllm-{uuid.uuid4().hex}"
-        _WAITING[id(llm_args)] = llm_args, engine_id
+        _, engine_id, other = _WAITING.pop(id(llm_args), (None, "", part))
+        if other == part:  # or the other never came, and it begins anew
+            engine_id = f"trtllm-{uuid.uuid4().hex}"
+            _WAITING[id(llm_args)] = llm_args, engine_id, part
         return engine_id
 
 

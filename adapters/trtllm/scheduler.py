@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,9 @@ class Tracked:
     blocks: list[int] = field(default_factory=list)
     has_begun: bool = False
     seen: int = 0
-    """The number of the pass it was last in."""
+    """The number of the pass it was last in, or before which it was asked about."""
+    since: float = field(default_factory=time.monotonic)
+    """When it was asked about."""
 
     @property
     def promised(self) -> int:
@@ -86,6 +89,8 @@ class Scheduler:
         self._cache: CacheClient | None = None
         self._tracked: dict[int, Tracked] = {}
         """By request, those seen longest ago first."""
+        self._void: deque[int] = deque(maxlen=UNSEEN)
+        """Requests whose promise is void, of which nothing more should be heard."""
         self._passes = 0
         self._declined = False
 
@@ -106,6 +111,8 @@ class Scheduler:
         """
         self.start()
         self.forget(request.request_id)
+        if request.request_id in self._void:
+            self._void.remove(request.request_id)
         cache = self._attached()
         tracked = self._new(cache, request, local) if cache else None
         if tracked is None:
@@ -181,7 +188,15 @@ class Scheduler:
             return draft.depart()
         except BaseException:
             draft.cancel()
+            self._lose_track(output)
             raise
+
+    def _lose_track(self, output: Any) -> None:
+        """A pass was not planned: what is known of blocks lacks what it brought."""
+        told = {data.request_id for data in output.new_requests}
+        for request_id, tracked in list(self._tracked.items()):
+            if tracked.has_begun or request_id in told:
+                self.forget(request_id)
 
     def owes(self, output: Any) -> bool:
         """Whether a request of this pass was promised something."""
@@ -191,12 +206,16 @@ class Scheduler:
     def _begin(self, draft: Draft, data: Any) -> None:
         tracked = self._tracked.get(data.request_id)
         if tracked is None:
+            if data.request_id in self._void:
+                draft.step.broken = "a request runs whose promise was void"
             return
         promised, hit = tracked.promised, tracked.hit
         tracked.blocks = []
         if hit:
-            table = [*_pages(data)]
-            first, stop = (at // self._page_tokens for at in (tracked.local, tracked.stop))
+            table = _pages(data)
+            first, stop = tracked.local // self._page_tokens, -(-tracked.stop // self._page_tokens)
+            if len(table) < stop:
+                draft.step.broken = f"{len(table)} blocks for {tracked.stop} promised tokens"
             moves = moves_for(hit.slots, tracked.cache.geometry, table, first, stop)
             draft.load(tracked.cache, hit, moves)
             tracked.hit = None
@@ -226,7 +245,7 @@ class Scheduler:
             return
         geometry = cache.geometry
         tail = valid == tracked.prompt and self._config.save_unfull_chunk
-        valid = min(valid, len(tracked.blocks) * geometry.page_tokens)
+        valid = min(valid, _whole(tracked.blocks) * geometry.page_tokens)
         stop = valid - valid % (geometry.page_tokens if tail else geometry.chunk_tokens)
         if stop <= tracked.done:
             return
@@ -261,11 +280,14 @@ class Scheduler:
 
     def _drop_unseen(self) -> None:
         """Forget requests that ended without a word."""
+        too_old = time.monotonic() - self._config.pin_timeout_sec
         for request_id, tracked in list(self._tracked.items()):
-            if tracked.promised and self._tells:
-                continue  # it waits for its turn
-            if not tracked.promised and tracked.seen > self._passes - UNSEEN:
-                break
+            if tracked.promised:
+                if self._tells and tracked.since > too_old:
+                    continue  # it waits for its turn
+                self._void.append(request_id)
+            elif tracked.seen > self._passes - UNSEEN:
+                continue
             self.forget(request_id)
 
     def _decline(self) -> None:
@@ -281,6 +303,11 @@ class Scheduler:
         if self._joining:
             self._joining.close()
         self._tracked.clear()
+
+
+def _whole(blocks: list[int]) -> int:
+    """How many there are before the first that is not there."""
+    return blocks.index(HOLE) if HOLE in blocks else len(blocks)
 
 
 def _pages(data: Any) -> list[int]:

@@ -37,7 +37,7 @@ def load_settings(llm_args: Any) -> Settings:
 
     Raises `ConfigError` for what is not understood.
     """
-    _take_over(os.environ)
+    take_over_environment()
     connector = getattr(llm_args, "kv_connector_config", None)
     said = getattr(connector, "server_url", None)  # 1.2 has no such field
     deadline = environment_text("LMCACHE_MQ_TIMEOUT", str(DEADLINE_S))
@@ -48,12 +48,12 @@ def load_settings(llm_args: Any) -> Settings:
     )
 
 
-def _take_over(env: Any) -> None:
+def take_over_environment() -> None:
     """Have `TLLM_LMCACHE_X` mean `LMCACHE_X`, unless that is set."""
-    for name, value in list(env.items()):
+    for name, value in list(os.environ.items()):
         for prefix in PASSED_ON:
             if name.startswith(prefix + PREFIX):
-                env.setdefault(name.removeprefix(prefix), value)
+                os.environ.setdefault(name.removeprefix(prefix), value)
 
 
 def _endpoint(address: str) -> str:

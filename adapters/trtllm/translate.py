@@ -23,6 +23,8 @@ logger = init_logger(__name__)
 
 _POOL = 4
 """Axes of a pool: block, layer, keys and values, and the rest of a block."""
+_EMBEDDINGS = ("multimodal_embedding", "prompt_embedding_table")
+"""What stands for tokens of a prompt without a hash of its content."""
 _TRAITS = ("revision", "dtype", "quant_config", "attn_backend", "speculative_config")
 
 
@@ -32,12 +34,15 @@ _TRAITS = ("revision", "dtype", "quant_config", "attn_backend", "speculative_con
 def check_args(llm_args: Any) -> None:
     """Raise `ConfigError` for what cannot be cached; warn of what makes a cache useless."""
     cache = llm_args.kv_cache_config
+    quantization = f"{getattr(cache, 'dtype', '')} {_kv_quantization(llm_args)}"
     refused = {
         "pipeline_parallel_size": getattr(llm_args, "pipeline_parallel_size", 1) > 1,
         "context_parallel_size": getattr(llm_args, "context_parallel_size", 1) > 1,
         "max_beam_width": (getattr(llm_args, "max_beam_width", 1) or 1) > 1,
         "enable_attention_dp": bool(getattr(llm_args, "enable_attention_dp", False)),
-        "kv_cache_config.dtype nvfp4": str(getattr(cache, "dtype", "")).lower() == "nvfp4",
+        "kv_cache_config.host_cache_size": bool(getattr(cache, "host_cache_size", None)),
+        "kv_cache_config.max_attention_window": bool(getattr(cache, "max_attention_window", None)),
+        "a KV cache of nvfp4": "nvfp4" in quantization.lower(),
     }
     for option, is_used in refused.items():
         if is_used:
@@ -53,6 +58,14 @@ def check_args(llm_args: Any) -> None:
             "enable_partial_reuse is on: nothing is loaded for a prompt of which TensorRT-LLM has "
             "a part of a block; set KvCacheConfig(enable_partial_reuse=False)"
         )
+
+
+def _kv_quantization(llm_args: Any) -> str:
+    """What the model says of its KV cache, if anything."""
+    said = getattr(getattr(llm_args, "quant_config", None), "kv_cache_quant_algo", None)
+    file = Path(str(llm_args.model)) / "hf_quant_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return f"{said} {found.get('quantization', {}).get('kv_cache_quant_algo')}"
 
 
 def _check_node(llm_args: Any) -> None:
@@ -185,6 +198,8 @@ def inserts_of(request: Any) -> list[Insert] | None:
     positions = getattr(request, "multimodal_positions", None) or []
     lengths = getattr(request, "multimodal_lengths", None) or []
     if not len(hashes) == len(positions) == len(lengths):
+        return None
+    if not hashes and any(getattr(request, name, None) is not None for name in _EMBEDDINGS):
         return None
     return [
         Insert(" ".join(map(str, digest)), int(start), int(length))

@@ -110,7 +110,7 @@ class Worker:
             return
         import torch
 
-        torch.get_device_module(self._device).current_stream().wait_stream(stream)
+        torch.get_device_module(self._device).current_stream(self._device).wait_stream(stream)
 
     def _log(self, what: str, blocks: int, size: int, seconds: float) -> None:
         assert self._grants.layout

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import standin
@@ -35,6 +36,24 @@ def run(words, env=None):
     done = subprocess.run([sys.executable, *words], check=False, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def native(request_id, tokens, **more):
+    """A request as the query is given it."""
+    about = {"request_id": request_id, "lora_task_id": None, **more}
+    return SimpleNamespace(get_tokens=lambda beam: list(tokens), **about)
+
+
+def output(request_id=0, *, blocks=0, position=0):
+    """A pass in which a request of 130 tokens runs, or none does."""
+    new = SimpleNamespace(
+        request_id=request_id,
+        new_tokens=[],
+        new_block_ids=list(range(blocks)),
+        computed_position=position,
+        num_scheduled_tokens=2,
+    )
+    return SimpleNamespace(new_requests=[new] if request_id else [], cached_requests=[])
 
 
 @pytest.fixture
@@ -94,6 +113,14 @@ class TestWhatIsStored:
             for _ in range(2):
                 assert found(engine, prompt(100), media=((3, 20, (1, 2)),)) == 0
             assert found(engine, prompt(100)) == 0
+
+    @pytest.mark.parametrize("name", ["multimodal_embedding", "prompt_embedding_table"])
+    def test_what_stands_for_tokens_without_a_hash(self, start, name):
+        with start() as engine:
+            found(engine, prompt(130))
+            scheduler = engine.leader._scheduler
+            assert scheduler.matched_tokens(native(5, prompt(130), **{name: 1}), 0) == 0
+            assert not scheduler._tracked
 
     def test_an_adapter_is_its_engines(self, start, tmp_path):
         disk = {"LOCAL_DISK": str(tmp_path), "MAX_LOCAL_DISK_SIZE": "0.1"}
@@ -158,6 +185,29 @@ class TestPromises:
                 engine.run()
             engine.abandon()
 
+    def test_what_an_error_has_lost_is_not_stored(self, start):
+        """A pass was not planned, so it is not known which blocks came with it."""
+        with start({"CHUNK_SIZE": "32"}) as engine:
+            cache = engine.leader._scheduler._joining.current()
+            reserve, cache.reserve = cache.reserve, lambda *args, **more: 1 / 0
+            for seed in range(2):
+                engine.submit(prompt(64, seed), new_tokens=40)
+            engine.step()
+            cache.reserve = reserve
+            engine.run()
+            engine.audit()
+            assert engine.leader.errors == 1
+
+    def test_errors_of_ours_keep_nothing_leased(self, start):
+        with start() as engine:
+            found(engine, prompt(130))
+            engine.leader.errors = 3
+            scheduler = engine.leader._scheduler
+            request = native(5, prompt(130))
+            assert scheduler.matched_tokens(request, 0) == 128
+            engine.leader.request_finished(request, [])
+            assert not scheduler._tracked
+
     def test_errors_of_ours_in_a_query_are_misses(self, start):
         with start() as engine:
             engine.leader._scheduler.matched_tokens = lambda request, local: 1 / 0
@@ -165,19 +215,55 @@ class TestPromises:
                 assert found(engine, prompt(130)) == 0
             assert engine.leader.errors == 3
 
-    def test_what_a_request_without_a_word_was_promised_is_given_back(self, start, monkeypatch):
+    def test_what_a_request_without_a_word_was_promised_is_given_back(self, start):
         with start() as engine:
             found(engine, prompt(130))
             engine.forget()
-            request = engine.requests[-1]
-            native = type("Native", (), {})()
-            for name, value in {"request_id": 5, "lora_task_id": None}.items():
-                setattr(native, name, value)
-            native.get_tokens = lambda beam: list(request.prompt)
-            assert engine.leader.get_num_new_matched_tokens(native, 0) == (128, False)
+            engine.leader._scheduler._tells = False
+            request = native(5, prompt(130))
+            assert engine.leader.get_num_new_matched_tokens(request, 0) == (128, False)
             engine.submit(prompt(20, 1), new_tokens=2)
             engine.run()
             assert not engine.leader._scheduler._tracked
+            # it is not to come back as if nothing had happened
+            step = engine.leader._scheduler.build(output(5, blocks=5, position=0))
+            assert step.broken
+
+    def test_a_request_that_waits_for_too_long(self, main_v2, monkeypatch):
+        with Engine(main_v2, in_process(monkeypatch, PIN_TIMEOUT_SEC="1")) as engine:
+            found(engine, prompt(130))
+            scheduler = engine.leader._scheduler
+            assert scheduler.matched_tokens(native(5, prompt(130)), 0) == 128
+            assert scheduler.build(output()) is None
+            assert scheduler._tracked
+            scheduler._tracked[5].since -= 2
+            scheduler.build(output())
+            assert not scheduler._tracked
+
+    @pytest.mark.parametrize(
+        ("start_", "end", "loaded"), [(100, 128, 4), (96, 128, 3), (0, 64, 2), (0, 128, 0)]
+    )
+    def test_an_offer_that_is_taken_in_part(self, start, start_, end, loaded):
+        """Not always in whole blocks: of the last one, the pass writes what was not wanted."""
+        with start() as engine:
+            found(engine, prompt(130))
+            scheduler = engine.leader._scheduler
+            assert scheduler.matched_tokens(native(5, prompt(130)), 0) == 128
+            scheduler.give_up(5, start_, end)
+            step = scheduler.build(output(5, blocks=5, position=0))
+            moves = [move for _, moves in step.loads for move in moves] if step else []
+            assert sum(len(move.engine_pages) for move in moves) == loaded
+            scheduler.forget(5)
+            scheduler._cache.cancel([], [])
+            engine.abandon()
+
+    def test_fewer_blocks_than_were_promised(self, start):
+        with start() as engine:
+            found(engine, prompt(130))
+            scheduler = engine.leader._scheduler
+            assert scheduler.matched_tokens(native(5, prompt(130)), 0) == 128
+            assert "3 blocks" in scheduler.build(output(5, blocks=3, position=0)).broken
+            engine.abandon()
 
 
 class TestServers:
@@ -277,6 +363,27 @@ class TestServers:
             engine.run()
             assert queries(engine)[-1] == (0, 128)
 
+    def test_a_server_that_ends_with_a_promise(self, profile, monkeypatch, serve):
+        """It waits until what it promised is loaded."""
+        server = serve().start()
+        with self.begin(profile, monkeypatch, server) as engine:
+            found(engine, prompt(130))
+            server.wait_idle()
+            engine.forget()
+            grants = engine.ranks[0].manager.worker._worker._grants
+
+            def end(executor):
+                server.send(15)
+                while grants.latest:
+                    pass
+
+            engine.hooks.prepared = end
+            engine.submit(prompt(130))
+            engine.step()
+            engine.hooks.prepared = lambda executor: None
+            engine.run()
+            assert queries(engine)[-1] == (0, 128)
+
     def test_a_server_that_hangs(self, profile, monkeypatch, serve):
         monkeypatch.setenv("LMCACHE_MQ_TIMEOUT", "0.2")
         server = serve().start()
@@ -365,6 +472,8 @@ class TestRefusals:
             ("context_parallel_size", 2),
             ("max_beam_width", 4),
             ("enable_attention_dp", True),
+            ("kv_cache_config", {"host_cache_size": 1}),
+            ("kv_cache_config", {"max_attention_window": [512]}),
         ],
     )
     def test_ways_to_run(self, check, option, value):
@@ -373,24 +482,30 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=option):
             check(api.TorchLlmArgs(model="tiny", **{option: value}))
 
-    def test_pools_whose_scales_are_elsewhere(self, check):
+    def test_pools_whose_scales_are_elsewhere(self, check, tmp_path):
         api = sys.modules["tensorrt_llm.llmapi.llm_args"]
         cache = api.KvCacheConfig(dtype="nvfp4")
         with pytest.raises(ConfigError, match="nvfp4"):
             check(api.TorchLlmArgs(model="tiny", kv_cache_config=cache))
+        (tmp_path / "hf_quant_config.json").write_text(
+            '{"quantization": {"kv_cache_quant_algo": "NVFP4"}}'
+        )
+        with pytest.raises(ConfigError, match="nvfp4"):
+            check(api.TorchLlmArgs(model=str(tmp_path)))
 
     def test_two_groups_of_layers(self, main_v2, monkeypatch):
         with pytest.raises(ExecutorDied, match="2 groups of layers"):
             Engine(main_v2, in_process(monkeypatch), windows=(None, 64), ranks=2)
         importlib.import_module("lmcache.integration.tensorrt_llm").destroy_engine()
 
-    def test_a_rank_that_cannot_is_not_waited_for(self, v1_3, monkeypatch):
+    @pytest.mark.parametrize("error", [LayoutError, MemoryError])
+    def test_a_rank_that_cannot_is_not_waited_for(self, v1_3, monkeypatch, error):
         worker = importlib.import_module("lmcache.adapters.trtllm.worker").Worker
         opened = worker.open
 
         def open_(self, engine_id, rank, layout, tensors):
             if rank == 1:
-                raise LayoutError("not here")
+                raise error("not here")
             opened(self, engine_id, rank, layout, tensors)
 
         monkeypatch.setattr(worker, "open", open_)
@@ -414,6 +529,26 @@ class TestFrontDoor:
             importlib.import_module("lmcache.integration.tensorrt_llm").destroy_engine()
         engine.abandon()
         engine.crew.close()
+
+    def test_an_engine_that_was_dropped(self, start):
+        engine = start()
+        found(engine, prompt(130))
+        engine.abandon()
+        engine.crew.close()
+        live = importlib.import_module("lmcache.adapters.trtllm.meeting").LIVE
+        assert len(live) == 2
+        del engine
+        assert len(live) == 2
+        importlib.import_module("lmcache.integration.tensorrt_llm").destroy_engine()
+        assert not live
+
+    def test_constructors_that_begin_anew(self, v1_3):
+        name = importlib.import_module("lmcache.adapters.trtllm.meeting").engine_id_for
+        args = object()
+        lost = name(args, "worker")
+        worker, scheduler = name(args, "worker"), name(args, "scheduler")
+        assert lost != worker == scheduler
+        assert name(args, "scheduler") != scheduler
 
     @pytest.mark.parametrize("name", ["in_process", "with_server"])
     def test_a_users_script(self, name):
