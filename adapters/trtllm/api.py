@@ -17,7 +17,7 @@ except ImportError:  # before 1.3
     )
 
 TELLS_OF_CANCELS = hasattr(KvCacheConnectorScheduler, "request_reset")
-"""Whether a connector is told of every request that will not run; else some just stay away."""
+"""Whether a connector is told of requests that are cancelled; else some just stay away."""
 
 
 def rank() -> int:

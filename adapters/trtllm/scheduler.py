@@ -75,8 +75,8 @@ class Scheduler:
     ) -> None:
         """`join` is called when the ranks are sure to be there.
 
-        With `tells_of_cancels` every request that will not run is `forgotten`; else a promise that
-        the next pass does not take is void.
+        With `tells_of_cancels`, requests that will not run are told to `forget`, and others may
+        wait for their first pass; else a promise that the next pass does not take is void.
         """
         self._config = config
         self._namespace = namespace
@@ -88,7 +88,6 @@ class Scheduler:
         self._joining: Joining[Any] | None = None
         self._cache: CacheClient | None = None
         self._tracked: dict[int, Tracked] = {}
-        """By request, those seen longest ago first."""
         self._void: deque[int] = deque(maxlen=UNSEEN)
         """Requests whose promise is void, of which nothing more should be heard."""
         self._passes = 0
@@ -120,12 +119,12 @@ class Scheduler:
         self._tracked[request.request_id] = tracked
         if local % self._page_tokens:
             self._decline()
-        elif self._find(tracked, str(request.request_id)):
-            return tracked.promised
-        return 0
+        else:
+            self._find(tracked, str(request.request_id))
+        return tracked.promised
 
-    def _find(self, tracked: Tracked, owner: str) -> bool:
-        """Whether something was found, and promised."""
+    def _find(self, tracked: Tracked, owner: str) -> None:
+        """Lease what can be promised."""
         hit = self._look_up(tracked, owner)
         most = (tracked.prompt - 1) // self._page_tokens * self._page_tokens
         stop = min(hit.tokens, most) // self._page_tokens * self._page_tokens if hit else 0
@@ -142,7 +141,6 @@ class Scheduler:
             tracked.done,
             tracked.promised,
         )
-        return tracked.hit is not None
 
     def _look_up(self, tracked: Tracked, owner: str) -> Hit | None:
         """What is leased, waiting for slower tiers; None if they take too long."""
@@ -226,7 +224,6 @@ class Scheduler:
     def _go_on(self, draft: Draft, tracked: Tracked, data: Any, position: int) -> None:
         """A request is in this pass, which computes its tokens from `position` on."""
         tracked.seen = self._passes
-        self._tracked[data.request_id] = self._tracked.pop(data.request_id)
         tracked.blocks += _pages(data)
         last = tracked.prompt
         if self._config.save_decode_cache:

@@ -199,6 +199,7 @@ def test_a_pool_that_is_evicted_from_in_process(name, start_sglang, reference, t
                 future.result()
         # without a flush, only what was evicted is loaded
         assert server.log().count("Retrieved") > 40
+        server.flush()  # it is idle, so it has counted its slots
         server.kill()
 
 
