@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lmcache.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, MutableMapping, Sequence
 
 PREFIX = "LMCACHE_"
 """What every environment variable of ours begins with."""
@@ -66,3 +66,11 @@ def environment_flag(name: str, env: Mapping[str, str] = os.environ) -> bool:
     if value in ("", "0", "false", "f", "no", "n", "off"):
         return False
     raise ConfigError(f"environment variable {name} is {env[name]!r}, expected true or false")
+
+
+def adopt_environment(prefixes: Sequence[str], env: MutableMapping[str, str] = os.environ) -> None:
+    """Have `<prefix>LMCACHE_X` mean `LMCACHE_X`, where that is not set, for this process."""
+    for name, value in list(env.items()):
+        for prefix in prefixes:
+            if name.startswith(prefix + PREFIX):
+                env.setdefault(name.removeprefix(prefix), value)

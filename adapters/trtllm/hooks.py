@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache.adapters.trtllm import api
 from lmcache.adapters.trtllm.meeting import LIVE, engine_id_for
 from lmcache.adapters.trtllm.scheduler import Scheduler
-from lmcache.adapters.trtllm.settings import load_settings, take_over_environment
+from lmcache.adapters.trtllm.settings import PASSED_ON, load_settings
 from lmcache.adapters.trtllm.step import Step
 from lmcache.adapters.trtllm.translate import (
     check_args,
@@ -19,6 +19,7 @@ from lmcache.adapters.trtllm.translate import (
     regions_layout,
 )
 from lmcache.adapters.trtllm.worker import Worker
+from lmcache.core.environment import adopt_environment
 from lmcache.core.errors import LayoutError, LMCacheError
 from lmcache.core.wall import Wall, guarded, nothing
 
@@ -131,7 +132,7 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
 
     def __init__(self, llm_args: Any) -> None:
         super().__init__(llm_args)
-        take_over_environment()
+        adopt_environment(PASSED_ON)
         self._rank = api.rank()
         self._kind = kind_of(llm_args)
         self._page_tokens = page_tokens_of(llm_args)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmcache.core.config import load_config
-from lmcache.core.environment import PREFIX, environment_text
+from lmcache.core.environment import adopt_environment, environment_text
 from lmcache.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def load_settings(llm_args: Any) -> Settings:
 
     Raises `ConfigError` for what is not understood.
     """
-    take_over_environment()
+    adopt_environment(PASSED_ON)
     connector = getattr(llm_args, "kv_connector_config", None)
     said = getattr(connector, "server_url", None)  # 1.2 has no such field
     deadline = environment_text("LMCACHE_MQ_TIMEOUT", str(DEADLINE_S))
@@ -46,14 +45,6 @@ def load_settings(llm_args: Any) -> Settings:
         _endpoint(said or environment_text("LMCACHE_SERVER_URL", DEFAULT_SERVER)),
         _seconds("LMCACHE_MQ_TIMEOUT", deadline),
     )
-
-
-def take_over_environment() -> None:
-    """Have `TLLM_LMCACHE_X` mean `LMCACHE_X`, unless that is set."""
-    for name, value in list(os.environ.items()):
-        for prefix in PASSED_ON:
-            if name.startswith(prefix + PREFIX):
-                os.environ.setdefault(name.removeprefix(prefix), value)
 
 
 def _endpoint(address: str) -> str:
