@@ -43,6 +43,10 @@ class ServiceError(LMCacheError):
     """The cache server cannot be reached in time, or one side does not understand the other."""
 
 
+class LateError(ServiceError):
+    """The cache server has not answered in time."""
+
+
 class BackendError(LMCacheError):
     """A storage backend failed; the caller treats the chunk as a miss."""
 

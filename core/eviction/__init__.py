@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from lmcache.core.keys import ChunkKey
 
@@ -25,6 +25,11 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def touch(self, entry: int) -> None:
         """`entry` was used."""
+
+    def touch_all(self, entries: Iterable[int]) -> None:
+        """Each of them was used, in turn."""
+        for entry in entries:
+            self.touch(entry)
 
     @abstractmethod
     def remove(self, entry: int, *, evicted: bool) -> None:

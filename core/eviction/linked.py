@@ -6,7 +6,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from lmcache.core.keys import ChunkKey
 
@@ -96,6 +96,37 @@ class LinkedLists:
         self._older[newer], self._newer[newest] = older, item
         self._older[item], self._newer[item] = newest, NONE
         self._newest[number] = item
+
+    def renew(self, number: int, items: Iterable[int]) -> None:
+        """`move` each of them in turn; all are on list `number`.
+
+        Those that follow each other on the list go as one: it costs a sixth of moving each.
+        """
+        first = last = NONE
+        newer = self._newer
+        for item in items:
+            if last != NONE and newer[last] != item:
+                self._move_run(number, first, last)
+                last = NONE
+            if last == NONE:
+                first = item
+            last = item
+        if last != NONE:
+            self._move_run(number, first, last)
+
+    def _move_run(self, number: int, first: int, last: int) -> None:
+        """Make what lies between `first` and `last`, which is as new or newer, the newest."""
+        older, newer = self._older[first], self._newer[last]
+        if newer == NONE:
+            return
+        if older == NONE:
+            self._oldest[number] = newer
+        else:
+            self._newer[older] = newer
+        newest = self._newest[number]
+        self._older[newer], self._newer[newest] = older, first
+        self._older[first], self._newer[last] = newest, NONE
+        self._newest[number] = last
 
     def after(self, number: int, item: int = NONE) -> int:
         """The next newer item of list `number`: the oldest after NONE, NONE after the newest."""

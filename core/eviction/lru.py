@@ -8,7 +8,7 @@ from lmcache.core.eviction import EvictionPolicy
 from lmcache.core.eviction.linked import LinkedLists
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from lmcache.core.keys import ChunkKey
 
@@ -26,6 +26,9 @@ class LRUPolicy(EvictionPolicy):
 
     def touch(self, entry: int) -> None:
         self._lists.move(_RECENCY, entry)
+
+    def touch_all(self, entries: Iterable[int]) -> None:
+        self._lists.renew(_RECENCY, entries)
 
     def remove(self, entry: int, *, evicted: bool) -> None:
         self._lists.remove(entry)

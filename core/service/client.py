@@ -8,19 +8,19 @@ to them even when the server can no longer be told.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
 from lmcache.core.client import CacheClient
 from lmcache.core.decider import Hit
-from lmcache.core.errors import ConfigError, ServiceError
+from lmcache.core.errors import ConfigError, LateError, ServiceError
 from lmcache.core.fetch import PLAIN, Asking
 from lmcache.core.geometry import Geometry
 from lmcache.core.leases import Lease
 from lmcache.core.receipts import Reason, Receipt
 from lmcache.core.service import wire
 from lmcache.core.service.link import Link
+from lmcache.core.service.lookups import Lookups, Question
 from lmcache.core.service.told import Told
 
 if TYPE_CHECKING:
@@ -34,12 +34,6 @@ ATTACH_S = 15.0
 INLINE_S = 0.002
 """How long a lookup may hold up the schedule for an answer that is likely to come."""
 LEASE_MARGIN_S = 1.0
-
-
-@dataclass
-class _Lookup:
-    number: int
-    deadline: float
 
 
 class ServiceClient(CacheClient):
@@ -62,8 +56,7 @@ class ServiceClient(CacheClient):
         self._patience_s = patience_s
         self._steps = count(1)
         self._told = Told()
-        self._lookups: dict[str, _Lookup] = {}
-        self._owners: set[str] = set()
+        self._lookups = Lookups(link, self._told, attached, deadline_s)
 
     @classmethod
     def open(
@@ -102,31 +95,15 @@ class ServiceClient(CacheClient):
         # while a load goes on there is always a next step to ask in
         patience_s = 0 if asking.start else self._patience_s
         try:
-            asked = self._lookups.get(owner) or self._ask(owner, chain, stop, asking)
-            answer = self._link.poll(asked.number, patience_s)
-            if isinstance(answer, wire.Lacking):
-                self._end_lookup(owner)
-                asked = self._ask(owner, chain, stop, asking, brief=False)
-                answer = self._link.poll(asked.number, patience_s)
-        except ServiceError:
+            found = self._lookups.answer(Question(owner, chain, stop, asking), patience_s)
+        except ServiceError as error:
+            late = isinstance(error, LateError)
+            return _miss(length, Reason.TIMED_OUT if late else Reason.DEGRADED)
+        try:
+            return self._hit(owner, found) if found else None
+        except ServiceError:  # a server that speaks in riddles
+            self._link.is_lost = True
             return _miss(length, Reason.DEGRADED)
-        if isinstance(answer, wire.Fetching):
-            asked.deadline = time.monotonic() + self.about.fetch_timeout_s + self._deadline_s
-            return None
-        if isinstance(answer, wire.Found):
-            self._end_lookup(owner)
-            try:
-                return self._hit(owner, answer)
-            except ServiceError:  # a server that speaks in riddles
-                self._link.is_lost = True
-                return _miss(length, Reason.DEGRADED)
-        is_late = time.monotonic() >= asked.deadline
-        if answer is None and not is_late and not self._link.is_lost:
-            return None
-        if is_late:
-            self._link.late()
-        self._end_lookup(owner)
-        return _miss(length, Reason.TIMED_OUT if is_late else Reason.DEGRADED)
 
     def keeps(self, hit: Hit, *, promised: bool = False) -> bool:
         """By the lease's deadline, which the server is told of if it counts no more."""
@@ -142,19 +119,19 @@ class ServiceClient(CacheClient):
 
     def release(self, owner: str, hit: Hit | None) -> None:
         """Tell the server, if it knows of the owner."""
-        self._end_lookup(owner)
         self._forget()
         lease = hit.lease.number if hit and hit.lease else None
-        if lease is not None or owner in self._owners:
+        if self._lookups.leave(owner) or lease is not None:
             self._tell(wire.Release(owner, lease))
-        self._owners.discard(owner)
 
     def reserve(
         self, chain: KeyChain, start: int, stop: int, *, tail: bool
     ) -> tuple[list[Slot], Reason]:
         """One round trip; nothing is stored if it takes too long."""
+        if not self._link.is_up():  # before anything counts as told
+            return [], Reason.DEGRADED
+        sequence, more = self._told.tell(chain, stop)
         try:
-            sequence, more = self._told_of(chain, stop)
             call = wire.Reserve(sequence=sequence, more=more, start=start, stop=stop, tail=tail)
             answer = self._link.call(call, self._deadline_s)
         except ServiceError:
@@ -194,48 +171,12 @@ class ServiceClient(CacheClient):
 
     # ----
 
-    def _ask(
-        self, owner: str, chain: KeyChain, stop: int, asking: Asking, *, brief: bool = True
-    ) -> _Lookup:
-        # a guess would be read from slower tiers, and what is right would have to wait for that
-        brief = brief and not self.about.has_tiers
-        number = self._begin(owner, chain, stop, asking, brief=brief)
-        is_so = False
-        try:
-            is_so = self._told.confirm(chain)
-        finally:
-            if not is_so:  # the lease that it brings is given back
-                self._link.end(number)
-        if not is_so:
-            number = self._begin(owner, chain, stop, asking, brief=False)
-        asked = self._lookups[owner] = _Lookup(number, time.monotonic() + self._deadline_s)
-        return asked
-
-    def _begin(self, owner: str, chain: KeyChain, stop: int, asking: Asking, *, brief: bool) -> int:
-        sequence, more = self._told_of(chain, stop, brief=brief)
-        self._owners.add(owner)
-        call = wire.Lookup(owner=owner, sequence=sequence, more=more, stop=stop, **asking._asdict())
-        return self._link.begin(call)
-
-    def _end_lookup(self, owner: str) -> None:
-        asked = self._lookups.pop(owner, None)
-        if asked:
-            self._link.end(asked.number)
-
     def _hit(self, owner: str, found: wire.Found) -> Hit:
         lease = None
         if found.lease is not None:
             deadline = time.monotonic() + self.about.lease_s - LEASE_MARGIN_S
             lease = Lease(owner, [], deadline, number=found.lease)
         return Hit(found.slots, lease, wire.receipt_of(found), found.more)
-
-    def _told_of(
-        self, chain: KeyChain, stop: int, *, brief: bool = False
-    ) -> tuple[int, wire.More | None]:
-        """Like `Told.tell`. Raises `ServiceError` if nothing can be told."""
-        if not self._link.is_up():
-            raise ServiceError("the server does not answer")
-        return self._told.tell(chain, stop, brief=brief)
 
     def _forget(self) -> None:
         if ended := self._told.ended():

@@ -19,7 +19,8 @@ from lmcache.core.log import init_logger
 from lmcache.core.pool import DaemonPool
 from lmcache.core.service import wire
 from lmcache.core.service.memo import Memo
-from lmcache.core.service.session import Session, UnknownError
+from lmcache.core.service.sequences import Sequences, UnknownError
+from lmcache.core.service.session import Session
 from lmcache.core.slab import MAX_MOVERS, MOVER_BYTES, WORD
 
 if TYPE_CHECKING:
@@ -213,7 +214,8 @@ class Service:
             self._words.update(visited.words)
             return wire.Refused(str(visited.result)[: wire.MAX_TEXT])
         attachment = visited.result
-        session = Session(visited.about, attachment, visited.words, visited.peer, self._memo)
+        sequences = Sequences(attachment.geometry, self._memo)
+        session = Session(visited.about, attachment, visited.words, visited.peer, sequences)
         self.sessions[session.number] = session
         geometry = attachment.geometry
         logger.info(

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lmcache.core.chain import KeyChain
 from lmcache.core.errors import ServiceError
 from lmcache.core.fetch import Asking
-from lmcache.core.keys import ChunkKey, Insert
 from lmcache.core.log import init_logger
 from lmcache.core.service import wire
-from lmcache.core.service.memo import Memo, grown, take_keys
+from lmcache.core.service.sequences import UnknownError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from lmcache.core.attachment import Attachment
+    from lmcache.core.chain import KeyChain
     from lmcache.core.decider import Hit
     from lmcache.core.flights import Flight
     from lmcache.core.index import Slot
+    from lmcache.core.service.sequences import Sequences
 
 logger = init_logger(__name__)
 
-MAX_SEQUENCES = 65_536
-MAX_KNOWN_TOKENS = 64 << 20
-"""Of all its sequences together: 256 MiB."""
 MAX_LOOKUPS = 65_536
 """That are under way, or whose leases have neither departed nor ended."""
-
-
-class UnknownError(ServiceError):
-    """The engine speaks of something we do not know: it must begin anew."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +48,7 @@ class Session:
     """Its movers' words in the slab."""
     peer: int
     """The connection its answers go to."""
-    memo: Memo[KeyChain]
-    sequences: dict[int, KeyChain] = field(default_factory=dict)
+    sequences: Sequences
     hits: dict[int, Hit] = field(default_factory=dict)
     """Leases that have not departed, by number."""
     reserved: dict[int, Slot] = field(default_factory=dict)
@@ -67,7 +57,6 @@ class Session:
     """Lookups that wait for slower tiers, by owner."""
     owners: set[str] = field(default_factory=set)
     """Those that have looked something up, for each of whom slower tiers are asked only once."""
-    tokens: int = 0
 
     def __post_init__(self) -> None:
         """Say what becomes of its steps."""
@@ -99,7 +88,7 @@ class Session:
                 self.attachment.cancel(*self._take(body.stores, body.loads))
             case wire.Forget():
                 for sequence in body.sequences:
-                    self._drop(sequence)
+                    self.sequences.drop(sequence)
             case _:
                 raise ServiceError(f"{type(body).__name__} is not for a session")
         return None
@@ -132,13 +121,13 @@ class Session:
     # ----
 
     def _lookup(self, number: int, call: wire.Lookup) -> wire.Reply:
-        chain = self._sequence(call.sequence, call.more)
+        chain = self.sequences.told(call.sequence, call.more)
         if call.start % chain.chunk_tokens or call.start > call.stop:
             raise ServiceError(f"a lookup of tokens {call.start} to {call.stop}")
         stop = self._answerable(call.start, call.stop)
         is_known = len(chain.tokens) >= stop
         if call.more:
-            take_keys(self.memo, chain, keep=is_known)
+            self.sequences.take_keys(chain, keep=is_known)
         if not is_known and self.attachment.may_have(chain, len(chain.tokens)):
             return wire.Lacking()
         asking = Asking(call.start, call.in_windows, call.priority)
@@ -163,11 +152,11 @@ class Session:
         return wire.found(hit)
 
     def _reserve(self, call: wire.Reserve) -> wire.Reply:
-        chain = self._sequence(call.sequence, call.more)
+        chain = self.sequences.told(call.sequence, call.more)
         if len(chain.tokens) < call.stop:
             raise UnknownError("a sequence")
         if call.more and call.more.at == 0:
-            take_keys(self.memo, chain)
+            self.sequences.take_keys(chain)
         stop = self._answerable(call.start, call.stop)
         slots, reason = self.attachment.reserve(chain, call.start, stop, tail=call.tail)
         self.reserved.update((slot.generation, slot) for slot in slots)
@@ -209,63 +198,3 @@ class Session:
             raise UnknownError("a slot that is not reserved")
         slots = [self.reserved.pop(generation) for generation in wanted]
         return slots, [self.hits.pop(lease) for lease in loads if lease in self.hits]
-
-    def _sequence(self, number: int, more: wire.More | None) -> KeyChain:
-        """The sequence, as it has grown. Raises `UnknownError` if some of it is lacking."""
-        chain = self.sequences.get(number)
-        if more is not None:
-            if more.at == 0:
-                chain = self._begin(number, more)
-            elif chain is None or len(chain.tokens) != more.at or more.like:
-                raise UnknownError("the beginning of a sequence")
-            self._grow(chain, more.tokens)
-        if chain is None:
-            raise UnknownError("a sequence")
-        return chain
-
-    def _begin(self, number: int, more: wire.More) -> KeyChain:
-        like = self._like(more.like) if more.like else None
-        self._drop(number)
-        if len(self.sequences) >= MAX_SEQUENCES:
-            raise UnknownError(f"more than {MAX_SEQUENCES} sequences")
-        geometry = self.attachment.geometry
-        chain = KeyChain(
-            ChunkKey(more.root),
-            array("I"),
-            page_tokens=geometry.page_tokens,
-            pages_per_chunk=geometry.pages_per_chunk,
-            inserts=[Insert(s.identifier, s.offset, s.length) for s in more.shown],
-        )
-        self.sequences[number] = chain
-        if more.like and like:
-            assert isinstance(like.tokens, array)
-            self._append(chain, memoryview(like.tokens).cast("B")[: 4 * more.like.tokens])
-            if (like.root, like.inserts) == (chain.root, chain.inserts):
-                chain.adopt(like, more.like.tokens)
-        return chain
-
-    def _like(self, like: wire.Like) -> KeyChain:
-        chain = self.sequences.get(like.sequence)
-        if chain is None or len(chain.tokens) < like.tokens:
-            raise UnknownError("the sequence that another is like")
-        return chain
-
-    def _drop(self, number: int) -> None:
-        chain = self.sequences.pop(number, None)
-        self.tokens -= len(chain.tokens) if chain else 0
-
-    def _grow(self, chain: KeyChain, data: memoryview) -> None:
-        if len(data) % 4:
-            raise ServiceError(f"{len(data)} bytes are no whole tokens")
-        if sys.byteorder == "big":
-            swapped = array("I", data.tobytes())
-            swapped.byteswap()
-            data = memoryview(swapped).cast("B")
-        self._append(chain, data)
-
-    def _append(self, chain: KeyChain, tokens: memoryview) -> None:
-        count = len(tokens) // 4
-        if self.tokens + count > MAX_KNOWN_TOKENS:
-            raise UnknownError(f"more than {MAX_KNOWN_TOKENS} tokens in all")
-        chain.tokens = grown(self.memo, chain, tokens)
-        self.tokens += count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from array import array
 from collections import deque
@@ -131,15 +130,12 @@ def _more(
 ) -> wire.More:
     """What follows the first `at` of the sequence's tokens, or those that are like another's."""
     start = like.tokens if like else at
-    if sys.byteorder == "big":
-        tokens = tokens[:]
-        tokens.byteswap()
     return wire.More(
         root=chain.root,
         shown=[wire.Shown(i.identifier, i.offset, i.length) for i in chain.inserts],
         at=at,
         like=like,
-        tokens=memoryview(tokens)[start:].cast("B"),
+        tokens=wire.in_wire_order(memoryview(tokens)[start:].cast("B")),
     )
 
 

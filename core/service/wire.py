@@ -6,6 +6,8 @@ Every field has a bound: a peer can be wrong, but it cannot make us allocate wha
 
 from __future__ import annotations
 
+import sys
+from array import array
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
@@ -356,3 +358,12 @@ def reason_of(name: str) -> Reason:
         return Reason[name]
     except KeyError:
         raise ServiceError(f"the server gives a reason nobody knows: {name}") from None
+
+
+def in_wire_order(data: memoryview) -> memoryview:
+    """Bytes of tokens between this machine and the wire, where they are little-endian."""
+    if sys.byteorder == "little":
+        return data
+    swapped = array("I", bytes(data))
+    swapped.byteswap()
+    return memoryview(swapped).cast("B")

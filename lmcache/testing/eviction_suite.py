@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import random
 import sys
 import tracemalloc
 from itertools import count, islice
@@ -236,6 +237,23 @@ class EvictionPolicySuite:
             for _ in range(times):
                 policy.touch(times)
         assert_offers(policy, range(FEW))
+
+    def test_many_uses_at_once_are_uses_in_turn(
+        self, new_policy: Callable[[], EvictionPolicy]
+    ) -> None:
+        one, other = new_policy(), new_policy()
+        fill(one, range(FEW))
+        fill(other, range(FEW))
+        rng = random.Random(FEW)  # noqa: S311 - which uses does not matter
+        for most in range(40):
+            start, step = rng.randrange(FEW), rng.choice((-1, 1))
+            used = [(start + step * n) % FEW for n in range(rng.randint(0, most))]
+            if rng.random() < 0.3:
+                used = rng.choices(range(FEW), k=most)
+            one.touch_all(used)
+            for entry in used:
+                other.touch(entry)
+            assert list(offers(one)) == list(offers(other))
 
     def test_policies_share_nothing(self, new_policy: Callable[[], EvictionPolicy]) -> None:
         one, other = new_policy(), new_policy()

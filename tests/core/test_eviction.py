@@ -289,6 +289,21 @@ class TestLinkedLists:
         assert lists.remove(1) == 1
         assert list(lists.walk(1)) == []
 
+    @given(st.lists(st.integers(0, 7), max_size=30), st.permutations(range(8)))
+    def test_to_renew_is_to_move_in_turn(self, items, order):
+        one, other = LinkedLists(2), LinkedLists(2)
+        for item in order:
+            one.push(1, item)
+            other.push(1, item)
+        one.renew(1, items)
+        for item in items:
+            other.move(1, item)
+        assert list(one.walk(1)) == list(other.walk(1))
+        for lists in (one, other):
+            for item in range(8):  # so that the links back are looked at
+                lists.remove(item)
+            assert list(lists.walk(1)) == []
+
     def test_an_item_is_on_one_list_at_most(self):
         lists = LinkedLists(2)
         lists.push(0, 4)

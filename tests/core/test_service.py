@@ -31,9 +31,10 @@ from lmcache.core.fetch import PLAIN
 from lmcache.core.keys import Insert
 from lmcache.core.receipts import Reason
 from lmcache.core.service import memo as memo_module
-from lmcache.core.service import peers, told, wire
+from lmcache.core.service import peers, sequences, told, wire
 from lmcache.core.service import session as sessions
 from lmcache.core.service.client import ATTACH_S, ServiceClient
+from lmcache.core.service.lookups import Question
 from lmcache.core.service.memo import Memo, take_keys
 from lmcache.core.service.stream import parse_endpoint
 from lmcache.core.tier import Tier
@@ -591,9 +592,9 @@ class TestLeases:
         engine.compute(sequence, range(4))
         engine.store(sequence, range(4))
         chain, link = engine.chain(sequence), engine.client._link
-        engine.client._ask("hung up", chain, CHUNK, PLAIN)
+        asked = engine.client._lookups._ask(Question("hung up", chain, CHUNK, PLAIN))
         if heard:
-            number = engine.client._lookups["hung up"].number
+            number = asked.number
             rig.wait_until(lambda: link.look() and link._asked[number])
         engine.client.release("hung up", None)
         rig.wait_until(lambda: engine.client.is_whole() and house.idle())
@@ -804,7 +805,7 @@ class TestLike:
         assert tell(1, rig.tokens(CHUNK), CHUNK, **said) == wire.Unknown(what)
 
     def test_tokens_that_are_taken_over_count(self, tell, monkeypatch):
-        monkeypatch.setattr(sessions, "MAX_KNOWN_TOKENS", 5 * CHUNK)
+        monkeypatch.setattr(sequences, "MAX_KNOWN_TOKENS", 5 * CHUNK)
         for number in (1, 1, 2, 2):  # what was told before in their place counts no more
             tell(number, rig.tokens(2 * CHUNK))
         assert isinstance(tell(3, [], like=wire.Like(1, CHUNK)), list)

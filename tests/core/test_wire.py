@@ -26,7 +26,7 @@ from lmcache.core.engine import moves_for
 from lmcache.core.errors import ServiceError
 from lmcache.core.index import Slot
 from lmcache.core.receipts import Reason
-from lmcache.core.service import peers, stream, wire
+from lmcache.core.service import peers, sequences, stream, wire
 from lmcache.core.service import session as sessions
 from lmcache.core.service.service import Service, Terms
 from lmcache.core.slab import MAX_MOVERS
@@ -388,7 +388,7 @@ class TestDocument:
     def test_its_limits(self):
         for limit in (
             wire.MAX_SLOTS,
-            sessions.MAX_SEQUENCES,
+            sequences.MAX_SEQUENCES,
             sessions.MAX_LOOKUPS,
             MAX_MOVERS,
             peers.MAX_PEERS,
@@ -398,7 +398,7 @@ class TestDocument:
         assert f"for {stream.FAITH} times" in PAGE
         assert f"| {stream.MAX_BEHIND >> 20} MiB |" in PAGE
         assert f"| {wire.MAX_MESSAGE >> 20} MiB |" in PAGE
-        assert f"| {sessions.MAX_KNOWN_TOKENS >> 20} Mi |" in PAGE
+        assert f"| {sequences.MAX_KNOWN_TOKENS >> 20} Mi |" in PAGE
         assert f"0 to {wire.MAX_TOKENS} |" in PAGE
 
 
@@ -518,7 +518,7 @@ class Crowd:
             for slot in [*session.reserved.values(), *air]:
                 held[slot.generation] = (slot.offset, slot.offset + slot.size)
             told = [len(chain.tokens) for chain in session.sequences.values()]
-            assert session.tokens == sum(told)
+            assert session.sequences.tokens == sum(told)
             for chain in session.sequences.values():
                 last = len(chain.tokens) // chain.chunk_tokens - 1
                 assert chain.key(last) == fresh(chain).key(last)
