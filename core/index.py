@@ -7,11 +7,13 @@ more than the chunks are worth.
 from __future__ import annotations
 
 from array import array
-from functools import partial
+from itertools import starmap
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from lmcache.core.keys import ChunkKey  # noqa: TC001 - read where slots are decoded
+import msgspec
+
+from lmcache.core.keys import ChunkKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -22,7 +24,7 @@ ALL = 255
 """As many slower tiers as there may be."""
 
 
-class Slot(NamedTuple):
+class Slot(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A place in the slab that holds, or is to hold, one chunk."""
 
     key: ChunkKey
@@ -33,10 +35,6 @@ class Slot(NamedTuple):
     """Unique for each reservation: bytes of another generation are another chunk's."""
     chunk: int
     """Which chunk of its sequence it is."""
-
-
-_NEW_SLOT: Callable[[Any], Slot] = partial(tuple.__new__, Slot)
-"""`Slot._make` in half the time."""
 
 
 class Index:
@@ -109,7 +107,7 @@ class Index:
         of: Callable[[Any], tuple[Any, ...]] = itemgetter(*entries)
         numbers = range(first, first + len(entries))
         columns = (self.keys, self.offset, self.size, self.generation)
-        return list(map(_NEW_SLOT, zip(*map(of, columns), numbers, strict=True)))
+        return list(starmap(Slot, zip(*map(of, columns), numbers, strict=True)))
 
     def remove(self, entry: int) -> ChunkKey:
         """Forget an entry, whose number may be given out again."""
