@@ -102,9 +102,9 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
             self._scheduler.forget(request.request_id)
 
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
-        """Nothing reads a request's blocks any more when its last pass is over."""
+        """Whether its blocks are to be kept, until every rank's `get_finished` has named it."""
         with self._wall("request_finished"):
-            self._scheduler.forget(request.request_id)
+            return self._scheduler.end(request.request_id)
         return False
 
     def request_finished_by_layer_group(
@@ -188,19 +188,25 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
 
     @guarded(nothing)
     def wait_for_save(self, stream: Any) -> None:
-        """Store what the pass has computed."""
+        """Begin to store what the pass has computed."""
         self._worker.finish(stream)
 
     def get_finished(
         self, finished_gen_req_ids: Sequence[int], started_loading_req_ids: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """No copy outlasts the pass it belongs to, which is over if it has not failed."""
+        """Requests of which nothing more is stored; and all that load, as no load outlasts a pass.
+
+        The pass is over, if it has not failed.
+        """
         self._abandon()
-        return list(finished_gen_req_ids), list(started_loading_req_ids)
+        return self._take_stored(finished_gen_req_ids), list(started_loading_req_ids)
 
     @guarded(nothing)
     def _abandon(self) -> None:
         self._worker.finish(None)
+
+    def _take_stored(self, ended: Sequence[int]) -> list[int]:
+        return self._worker.take_stored(ended)
 
     def shutdown(self) -> None:
         """Let go of everything; again does nothing."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lmcache.adapters.trtllm.step import Draft, Step
+from lmcache.adapters.trtllm.storing import Storing
 from lmcache.adapters.trtllm.translate import blocks_of, identity_of, inserts_of, tokens_of
 from lmcache.core.engine import moves_for
 from lmcache.core.environment import environment_flag
@@ -88,6 +89,7 @@ class Scheduler:
         self._joining: Joining[Any] | None = None
         self._cache: CacheClient | None = None
         self._tracked: dict[int, Tracked] = {}
+        self._storing = Storing()
         self._void: deque[int] = deque(maxlen=UNSEEN)
         """Requests whose promise is void, of which nothing more should be heard."""
         self._passes = 0
@@ -164,7 +166,17 @@ class Scheduler:
             self._let_go(request_id, tracked)
 
     def forget(self, request_id: int) -> None:
-        """A request has ended, or begins anew."""
+        """A request has ended or begins anew; its blocks may be another's now."""
+        self._storing.lose(request_id)
+        self._untrack(request_id)
+
+    def end(self, request_id: int) -> bool:
+        """A request has ended with its blocks; whether they may still be being stored."""
+        is_storing = self._storing.end(request_id)
+        self._untrack(request_id)
+        return is_storing
+
+    def _untrack(self, request_id: int) -> None:
         tracked = self._tracked.pop(request_id, None)
         if tracked:
             self._let_go(request_id, tracked)
@@ -175,6 +187,7 @@ class Scheduler:
         """What all ranks copy with this pass; None if that is nothing."""
         draft = Draft(self._attached() if self._joining else None)
         self._passes += 1
+        told = [data.request_id for data in (*output.new_requests, *output.cached_requests)]
         try:
             for data in output.new_requests:
                 self._begin(draft, data)
@@ -183,6 +196,7 @@ class Scheduler:
                 if tracked:
                     self._go_on(draft, tracked, data, data.computed_position)
             self._drop_unseen()
+            self._storing.tell(draft.step, self._passes, told)
             return draft.depart()
         except BaseException:
             draft.cancel()
@@ -231,11 +245,11 @@ class Scheduler:
                 tracked.chain.tokens.extend(data.new_tokens)  # type: ignore[attr-defined]
             last = len(tracked.chain.tokens)
         valid = min(position + data.num_scheduled_tokens, last)
-        self._store(draft, tracked, valid)
+        self._store(draft, data.request_id, tracked, valid)
         if valid == tracked.prompt and not self._config.save_decode_cache:
             del self._tracked[data.request_id]
 
-    def _store(self, draft: Draft, tracked: Tracked, valid: int) -> None:
+    def _store(self, draft: Draft, request_id: int, tracked: Tracked, valid: int) -> None:
         """Store what is not stored yet of the first `valid` tokens."""
         cache = draft.cache
         if cache is None or cache is not tracked.cache or not self._stores:
@@ -248,8 +262,10 @@ class Scheduler:
             return
         slots, _ = cache.reserve(tracked.chain, tracked.done, stop, tail=tail)
         draft.hold(slots)
-        draft.step.stores += moves_for(slots, geometry, tracked.blocks, 0, len(tracked.blocks))
         tracked.done = stop
+        moves = moves_for(slots, geometry, tracked.blocks, 0, len(tracked.blocks))
+        if moves:
+            draft.step.stores.append((request_id, moves))
 
     # ----
 

@@ -21,7 +21,12 @@ class Step:
     """Of the step in that attachment; 0 if nobody waits for its end."""
     loads: list[tuple[int, list[Move]]] = field(default_factory=list)
     """What TensorRT-LLM counts on, by the attachment that holds it, which may have ended."""
-    stores: list[Move] = field(default_factory=list)
+    stores: list[tuple[int, list[Move]]] = field(default_factory=list)
+    """By request."""
+    running: list[int] = field(default_factory=list)
+    """Requests of this pass that an earlier one has stored something of."""
+    gone: list[int] = field(default_factory=list)
+    """Such requests that are in no pass any more."""
     broken: str = ""
     """Why something that TensorRT-LLM counts on cannot be had, if that is so."""
 
@@ -50,8 +55,9 @@ class Draft:
         if self.cache:
             self.step.attachment = self.cache.number
             self.step.number = self.cache.depart(self._slots, self._hits)
-        is_empty = not (self.step.number or self.step.loads or self.step.broken)
-        return None if is_empty else self.step
+        step = self.step
+        says = step.number or step.loads or step.broken or step.running or step.gone
+        return step if says else None
 
     def cancel(self) -> None:
         """It will not be sent."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from lmcache.adapters.trtllm.stores import Copy, Stores
 from lmcache.core.grants import Grants
 from lmcache.core.log import init_logger, log_copies
 from lmcache.core.selfcheck import check_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
 
     from lmcache.adapters.trtllm.step import Step
     from lmcache.core.grants import Granted
+    from lmcache.core.kernels.staging import Event
     from lmcache.core.layout import PageLayout
+    from lmcache.core.mover import Move
 
 logger = init_logger(__name__)
 
@@ -29,6 +32,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._grants = Grants(keeps_s=PROMISE_S)
+        self._stores = Stores()
         self._device: torch.device | None = None
         self._step: Step | None = None
         """The one whose pass is under way."""
@@ -53,9 +57,11 @@ class Worker:
         self._grants.take_back()
         if step is None:
             return
+        self._stores.seen(step.running)
+        self._stores.drop(step.gone)
         self._step, self._now = step, self._grants.current(step.attachment)
         if self._now and step.number:
-            self._now.progress.begin(step.number, 1)
+            self._now.progress.begin(step.number, 1 + len(step.stores))
         if step.broken:
             raise RuntimeError(step.broken)
         if step.loads:
@@ -63,28 +69,41 @@ class Worker:
             self._load(step)
 
     def finish(self, stream: Any) -> None:
-        """The pass is on `stream`: store what its step says, and answer. None if it failed."""
+        """The pass is on `stream`: begin to store what its step says. None if it failed."""
         step, now = self._step, self._now
         self._step = self._now = None
         if step is None or now is None or not step.number:
             return
+        left = len(step.stores)
         try:
             if stream is not None and step.stores:
-                self._follow(stream)
-                self._store(step, now)
+                after = stream.record_event()
+                for request_id, moves in step.stores:
+                    self._stores.submit(self._copy(request_id, moves, now, step.number, after))
+                    left -= 1
         finally:
-            now.progress.end(step.number)
+            for _ in range(1 + left):
+                now.progress.end(step.number)
+
+    def take_stored(self, ended: Iterable[int]) -> list[int]:
+        """Requests that have ended and of which nothing more is stored; each is named once.
+
+        `ended` are those that have ended since the last call; their blocks are kept until then.
+        """
+        self._stores.keep(ended)
+        return self._stores.take_done()
 
     def close(self) -> None:
         """Stop listening, and unmap the slab."""
         self._step = self._now = None
         self._grants.leave()
+        self._stores.close()
         self._grants.close()
 
     # ----
 
     def _load(self, step: Step) -> None:
-        started, size, blocks = time.perf_counter(), 0, 0
+        started, size, tokens = time.perf_counter(), 0, 0
         for attachment, moves in step.loads:
             granted = self._grants.current(attachment) or self._grants.kept(attachment)
             if granted is None:
@@ -93,26 +112,28 @@ class Worker:
             if failed:
                 raise RuntimeError(f"{len(failed)} chunks that were promised cannot be loaded")
             size += copied
-            blocks += sum(len(move.engine_pages) for move in moves)
-        self._log("Retrieved", blocks, size, time.perf_counter() - started)
-
-    def _store(self, step: Step, now: Granted) -> None:
-        started = time.perf_counter()
-        size = now.mover.store(step.stores, None, now.mover.mark())
-        now.mover.publish(step.stores)
-        blocks = sum(len(move.engine_pages) for move in step.stores)
-        self._log("Stored", blocks, size, time.perf_counter() - started)
+            tokens += self._tokens(moves)
+        log_copies(logger, f"Retrieved {tokens} tokens", size, time.perf_counter() - started)
 
     def _follow(self, stream: Any) -> None:
         """Have the copies that follow wait for what is queued on `stream`."""
-        if self._device is not None and self._device.type == "cpu":
+        if self._is_on_host:
             stream.synchronize()
             return
         import torch
 
         torch.get_device_module(self._device).current_stream(self._device).wait_stream(stream)
 
-    def _log(self, what: str, blocks: int, size: int, seconds: float) -> None:
+    def _copy(
+        self, request_id: int, moves: list[Move], now: Granted, number: int, after: Event
+    ) -> Copy:
+        tokens = self._tokens(moves)
+        return Copy(request_id, moves, now, number, tokens, after, waits=self._is_on_host)
+
+    @property
+    def _is_on_host(self) -> bool:
+        return self._device is not None and self._device.type == "cpu"
+
+    def _tokens(self, moves: Sequence[Move]) -> int:
         assert self._grants.layout
-        tokens = blocks * self._grants.layout.page_tokens
-        log_copies(logger, f"{what} {tokens} tokens", size, seconds)
+        return sum(len(move.engine_pages) for move in moves) * self._grants.layout.page_tokens

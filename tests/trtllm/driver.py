@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -23,6 +24,8 @@ from judge import ExecutorDied, Judge, Violation, Watch
 from plug import mentions
 from standin_manager import KvCacheConnectorManager
 from workload import Options, Trace, Wish
+
+POLL_S = 0.001
 
 
 def prompt(length, seed=0):
@@ -76,7 +79,7 @@ class Engine:
 
     def __init__(self, profile, plug, *, args=None, **options):
         self.profile, self.plug = profile, plug
-        self.options = Options(**options)
+        self.options = Options(saves_later=plug.saves_later, **options)
         self.judge = Judge()
         self.ids = itertools.count(7_000_001, 7919)
         self.wishes, self.requests = [], []
@@ -221,6 +224,8 @@ class Engine:
             if all(executor.is_idle for executor in self.ranks):
                 self.plug.settle()
                 return self
+            if not any(executor.requests for executor in self.ranks):
+                time.sleep(POLL_S)  # as an executor does that only waits for copies
             self.step()
         self.judge.expect(False, "stuck", f"something is left after {limit} iterations")
         self.judge.settle()

@@ -16,6 +16,9 @@ class FakeStream:
         self.name = name
         self._queue = deque()
         self._asked, self._done = 0, 0
+        self.waited_for = False
+        """Whether its owner had to wait for work on it, since this was last set to False."""
+        self.owner = threading.get_ident()
 
     def enqueue(self, work):
         with LOCK:
@@ -28,6 +31,7 @@ class FakeStream:
     def run_to(self, mark):
         with LOCK:
             while self._done < mark:
+                self.waited_for |= threading.get_ident() == self.owner
                 self._done += 1
                 self._queue.popleft()()
 

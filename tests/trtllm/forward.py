@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 
 class Model:
     """The layers of one rank."""
@@ -26,8 +28,16 @@ class Model:
             if self.compute is not self.stream:
                 self.stream.wait_stream(self.compute)
         self.manager.trace.add("save")
-        self.manager.watch("save", self.manager.worker.wait_for_save, self.stream)
+        self._save()
         return self.stream.record_event()
+
+    def _save(self):
+        self.stream.owner, self.stream.waited_for = threading.get_ident(), False
+        self.manager.watch("save", self.manager.worker.wait_for_save, self.stream)
+        if self.options.saves_later:
+            self.manager.judge.expect(
+                not self.stream.waited_for, "blocked", "a save waits for its pass"
+            )
 
     def warm_up(self):
         """A pass before there are requests: hooks are called, and nothing is bound."""
@@ -41,7 +51,7 @@ class Model:
         """A pass about no request, of which a connector is not told: what was bound stays so."""
         self.manager.start_load(self.stream)
         self.warm_up()
-        self.manager.watch("save", self.manager.worker.wait_for_save, self.stream)
+        self._save()
 
     def _launch(self, batch):
         if self.compute is not self.stream:

@@ -23,6 +23,7 @@ def settle():
 
 
 def _say(monkeypatch, settings):
+    monkeypatch.setattr("lmcache.adapters.trtllm.stores.LOST_S", 0.2)
     for name, value in settings.items():
         monkeypatch.setenv(f"LMCACHE_{name}", value)
 
@@ -37,6 +38,7 @@ def in_process(monkeypatch, **settings):
         "LMCacheKvConnectorWorker",
         preset="lmcache",
         ours=("lmcache",),
+        saves_later=True,
         settle=settle,
         close=destroy_engine,
     )
@@ -52,11 +54,12 @@ def with_server(monkeypatch, server, **choices):
             "WEIGHT_GENERATION": uuid.uuid4().hex,
         },
     )
-    about = {"settle": server.wait_idle, "close": destroy_engine, "ours": ("lmcache",), **choices}
+    about = {"settle": server.wait_idle, "close": destroy_engine, "ours": ("lmcache",)}
     return Plug(
         f"{PACKAGE}.tensorrt_mp_adapter",
         "LMCacheMPKvConnectorScheduler",
         "LMCacheMPKvConnectorWorker",
         preset="lmcache-mp",
-        **about,
+        saves_later=True,
+        **{**about, **choices},
     )

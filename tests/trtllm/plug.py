@@ -23,6 +23,8 @@ class Plug:
     ours: tuple[str, ...] = ("minimal", "broken")
     """Beginnings of the modules whose objects are searched for what was forgotten in them."""
 
+    saves_later: bool = False
+    """Whether it promises that no save holds up a pass."""
     settle: Callable[[], None] = _nothing
     """Wait until what was saved can be found; called whenever an engine has nothing left to do."""
     close: Callable[[], None] = _nothing

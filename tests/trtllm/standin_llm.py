@@ -17,6 +17,7 @@ class Chosen:
     """A connector as a script chose it."""
 
     ours = ()
+    saves_later = True
 
     def __init__(self, config):
         self._config = config

@@ -228,6 +228,13 @@ def test_a_cancelled_request_is_saved_after_its_blocks_are_freed(profile, choose
             engine.audit()
 
 
+def test_a_save_that_holds_up_its_pass(profile):
+    with Engine(profile, Plug("minimal", saves_later=True)) as engine:
+        engine.submit(prompt(128))
+        with caught(engine, "blocked: a save waits for its pass"):
+            engine.run()
+
+
 def test_a_write_into_blocks_that_were_freed(profile, choose):
     minimal = choose(stale=[])
     with Engine(profile, broken(worker="WritesLate")) as engine:

@@ -31,6 +31,8 @@ class Options:
     """A region for K and one for V of each layer; version 2 only."""
     windows: tuple[int | None, ...] = (None,)
     """The window of each group of layers; more than one with version 2 only."""
+    saves_later: bool = False
+    """No save may wait for the pass that it is of."""
     limit_s: float = 5.0
     """How long a call may take."""
     patience_s: float = 10.0
