@@ -162,7 +162,7 @@ def test_nobody_waits_for_a_request_that_stays_away_from_an_idle_engine(start, s
         request = engine.submit(prompt(128), new_tokens=9)
         engine.step()
         engine.cancel(request)
-        engine.run()
+        engine.step(2)
         slow.may.set()
         until(lambda: not copies(engine))
         assert look_up(engine, prompt(128)) == 0
@@ -221,7 +221,7 @@ def test_a_rank_that_is_slower_than_the_other(start, monkeypatch):
 
     monkeypatch.setattr(Mover, "store", slow_on_one)
     with start(ranks=2, layers=1) as engine:
-        request = engine.submit(prompt(128))
+        engine.submit(prompt(128))
         engine.step()
         until(lambda: engine.step() or any(d for r in (0, 1) for _, d in polls(engine, r)))
         assert kept(engine) == 4, "one of them still reads"
