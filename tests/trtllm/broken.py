@@ -170,6 +170,14 @@ class SavesAtOnce(Worker):
         super().wait_for_save(FakeStream())
 
 
+class HoldsUpItsPass(Worker):
+    """Until it has run, though nobody has to wait for a save."""
+
+    def wait_for_save(self, stream):
+        stream.synchronize()
+        super().wait_for_save(stream)
+
+
 class ReportsUnasked(Worker):
     def get_finished(self, finished_gen_req_ids, started_loading_req_ids):
         self.granted |= {save[0].id for save in self.saving}

@@ -228,8 +228,13 @@ def test_a_cancelled_request_is_saved_after_its_blocks_are_freed(profile, choose
             engine.audit()
 
 
-def test_a_save_that_holds_up_its_pass(profile):
+def test_a_save_that_holds_up_its_pass(profile, choose):
+    choose(saves_later=True)
     with Engine(profile, Plug("minimal", saves_later=True)) as engine:
+        engine.submit(prompt(128))
+        engine.run()
+    plug = Plug("broken", worker="HoldsUpItsPass", saves_later=True)
+    with Engine(profile, plug) as engine:
         engine.submit(prompt(128))
         with caught(engine, "blocked: a save waits for its pass"):
             engine.run()
