@@ -74,12 +74,16 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
         return self._scheduler.matched_tokens(request, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, block_ids: list[int]) -> None:
-        """Which blocks a request has is said again when it runs."""
+        """How long it may run. Which blocks it has is said again when it does."""
+        with self._wall("update_state_after_alloc"):
+            most = getattr(request, "py_max_new_tokens", None)
+            self._scheduler.admitted(request.request_id, most)
 
     def update_state_after_alloc_by_layer_group(
         self, request: Any, block_ids_by_layer_group: list[list[int]]
     ) -> None:
         """Likewise."""
+        self.update_state_after_alloc(request, [])
 
     def build_connector_meta(self, scheduler_output: Any) -> Step | None:
         """What every rank copies with the pass that follows."""
@@ -102,9 +106,9 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
             self._scheduler.forget(request.request_id)
 
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
-        """Whether its blocks are to be kept, until every rank's `get_finished` has named it."""
+        """False: its blocks may go, as those that TensorRT-LLM keeps need not be its own."""
         with self._wall("request_finished"):
-            return self._scheduler.end(request.request_id)
+            self._scheduler.forget(request.request_id)
         return False
 
     def request_finished_by_layer_group(
@@ -194,19 +198,16 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
     def get_finished(
         self, finished_gen_req_ids: Sequence[int], started_loading_req_ids: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """Requests of which nothing more is stored; and all that load, as no load outlasts a pass.
+        """No load outlasts its pass, and no blocks are kept for stores.
 
         The pass is over, if it has not failed.
         """
         self._abandon()
-        return self._take_stored(finished_gen_req_ids), list(started_loading_req_ids)
+        return list(finished_gen_req_ids), list(started_loading_req_ids)
 
     @guarded(nothing)
     def _abandon(self) -> None:
         self._worker.finish(None)
-
-    def _take_stored(self, ended: Sequence[int]) -> list[int]:
-        return self._worker.take_stored(ended)
 
     def shutdown(self) -> None:
         """Let go of everything; again does nothing."""

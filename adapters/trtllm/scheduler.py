@@ -46,14 +46,24 @@ class Tracked:
     stop: int
     """Up to which token it was promised to have; `local` for nothing."""
     hit: Hit | None = None
+    answer: int = 1
+    """Tokens that it may generate; as few as that if nobody says."""
     done: int = 0
     """Up to which token nothing need be stored."""
+    sure: int = 0
+    """The same, without what is lost if it is in no later pass."""
     blocks: list[int] = field(default_factory=list)
     has_begun: bool = False
     seen: int = 0
     """The number of the pass it was last in, or before which it was asked about."""
     since: float = field(default_factory=time.monotonic)
     """When it was asked about."""
+
+    def may_end(self, valid: int) -> bool:
+        """Whether a pass may be the last that knows the first `valid` tokens when it begins."""
+        # with TensorRT-LLM's overlap scheduler a pass knows one less than there are
+        said = valid - self.prompt + (1 if valid == self.prompt else 2)
+        return valid >= self.prompt and said >= self.answer
 
     @property
     def promised(self) -> int:
@@ -153,6 +163,12 @@ class Scheduler:
                 return hit
             time.sleep(ASK_AGAIN_S)
 
+    def admitted(self, request_id: int, most: int | None) -> None:
+        """A request has blocks, and will generate `most` tokens at most."""
+        tracked = self._tracked.get(request_id)
+        if tracked and most is not None:
+            tracked.answer = most
+
     def give_up(self, request_id: int, start: int, end: int) -> None:
         """TensorRT-LLM will not use what it was promised of tokens `start` .. `end`."""
         tracked = self._tracked.get(request_id)
@@ -166,17 +182,8 @@ class Scheduler:
             self._let_go(request_id, tracked)
 
     def forget(self, request_id: int) -> None:
-        """A request has ended or begins anew; its blocks may be another's now."""
+        """A request has ended, or begins anew: its blocks may be another's now."""
         self._storing.lose(request_id)
-        self._untrack(request_id)
-
-    def end(self, request_id: int) -> bool:
-        """A request has ended with its blocks; whether they may still be being stored."""
-        is_storing = self._storing.end(request_id)
-        self._untrack(request_id)
-        return is_storing
-
-    def _untrack(self, request_id: int) -> None:
         tracked = self._tracked.pop(request_id, None)
         if tracked:
             self._let_go(request_id, tracked)
@@ -196,7 +203,9 @@ class Scheduler:
                 if tracked:
                     self._go_on(draft, tracked, data, data.computed_position)
             self._drop_unseen()
-            self._storing.tell(draft.step, self._passes, told)
+            for away in self._storing.tell(draft.step, self._passes, told):
+                if tracked := self._tracked.get(away):
+                    tracked.done = tracked.sure
             return draft.depart()
         except BaseException:
             draft.cancel()
@@ -258,6 +267,7 @@ class Scheduler:
         tail = valid == tracked.prompt and self._config.save_unfull_chunk
         valid = min(valid, _whole(tracked.blocks) * geometry.page_tokens)
         stop = valid - valid % (geometry.page_tokens if tail else geometry.chunk_tokens)
+        tracked.sure = tracked.done  # as it is in this pass
         if stop <= tracked.done:
             return
         slots, _ = cache.reserve(tracked.chain, tracked.done, stop, tail=tail)
@@ -266,6 +276,8 @@ class Scheduler:
         moves = moves_for(slots, geometry, tracked.blocks, 0, len(tracked.blocks))
         if moves:
             draft.step.stores.append((request_id, moves))
+            if tracked.may_end(valid):
+                draft.step.urgent.append(request_id)
 
     # ----
 

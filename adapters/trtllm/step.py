@@ -23,10 +23,12 @@ class Step:
     """What TensorRT-LLM counts on, by the attachment that holds it, which may have ended."""
     stores: list[tuple[int, list[Move]]] = field(default_factory=list)
     """By request."""
+    urgent: list[int] = field(default_factory=list)
+    """Requests that may be in no later pass."""
     running: list[int] = field(default_factory=list)
-    """Requests of this pass that an earlier one has stored something of."""
+    """Requests of this pass that the last one they were in has stored something of."""
     gone: list[int] = field(default_factory=list)
-    """Such requests that are in no pass any more."""
+    """Such requests that may be in no pass any more."""
     broken: str = ""
     """Why something that TensorRT-LLM counts on cannot be had, if that is so."""
 

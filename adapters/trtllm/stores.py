@@ -1,17 +1,20 @@
-"""Stores that no pass waits for, on every rank."""
+"""Stores that their own pass does not wait for, on every rank."""
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lmcache.core.log import init_logger, log_copies
 from lmcache.core.pool import DaemonPool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Container
+    from concurrent.futures import Future
 
     from lmcache.core.grants import Granted
     from lmcache.core.kernels.staging import Event
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 LOST_S = 5.0
-"""How long a copy waits for its request to be seen, also where no pass follows."""
+"""How long a copy waits for a word about its request, if no pass follows that has one."""
 
 
 @dataclass(eq=False)
@@ -37,72 +40,64 @@ class Copy:
     """What its pass has to reach first."""
     waits: bool
     """Whether we have to wait for that, as no device does."""
-    over_at: float | None = None
-    """When it ended."""
     is_good: bool = False
     """Whether all of it was copied."""
+    since: float = field(default_factory=time.monotonic)
+
+    def make(self) -> None:
+        """Copy. Raises whatever goes wrong."""
+        if self.waits:
+            self.after.synchronize()
+        started = time.perf_counter()
+        size = self.granted.mover.store(self.moves, None, None if self.waits else self.after)
+        self.is_good = True
+        log_copies(logger, f"Stored {self.tokens} tokens", size, time.perf_counter() - started)
 
     def end(self, *, counts: bool) -> None:
-        """Answer for this part of the step, once it is over."""
-        if counts and self.is_good:
-            self.granted.mover.publish(self.moves)
-        self.granted.progress.end(self.step)
+        """It is over: answer for this part of the step."""
+        try:
+            if counts and self.is_good:
+                self.granted.mover.publish(self.moves)
+        finally:
+            self.granted.progress.end(self.step)
 
 
 class Stores:
-    """Copies blocks on a thread of its own, while their requests go on.
+    """Copies blocks on a thread of its own, while the next pass is under way.
 
     TensorRT-LLM does not tell of every block that it takes back: a request may just stay away, and
-    its blocks be another's before they have been copied. So a copy counts only if its request is
-    `seen` after it has ended, as it then had its blocks all the time, or if they are kept for us.
+    its blocks be another's before they have been copied. So a copy counts if its request is in a
+    pass that has not ended when the copy has: then it had its blocks all the time.
     """
 
     def __init__(self) -> None:
         self._pool = DaemonPool(1, "lmcache-stores")
         self._lock = threading.Lock()
-        self._copies: dict[int, list[Copy]] = {}
-        """Those that count or not by what becomes of their requests."""
-        self._kept: set[int] = set()
-        """Requests whose blocks are kept until `take_done` has named them."""
+        self._copies: dict[Copy, Future[None]] = {}
+        """Those that nobody has had a word about."""
         self._timer: threading.Timer | None = None
-        self._is_closed = False
 
     def submit(self, copy: Copy) -> None:
         """Have it made. Raises `RuntimeError` after `close`."""
         with self._lock:
-            self._pool.submit(self._make, copy)
-            self._copies.setdefault(copy.request, []).append(copy)
+            self._copies[copy] = self._pool.submit(copy.make)
+            self._watch()
 
-    def seen(self, requests: Iterable[int]) -> None:
-        """These are still running: what has been copied of them counts."""
+    def settle(self, requests: Container[int]) -> None:
+        """Wait for all copies; those of `requests` count, whose pass is about to end."""
         with self._lock:
-            for request in requests:
-                self._settle(request)
+            under_way = list(self._copies.values())
+        wait(under_way)
+        for copy in self._take(lambda copy: copy.request in requests):
+            copy.end(counts=True)
 
-    def drop(self, requests: Iterable[int]) -> None:
+    def drop(self, requests: Container[int]) -> None:
         """These have lost their blocks, nobody knows when."""
-        with self._lock:
-            for request in requests:
-                self._drop(request)
-
-    def keep(self, requests: Iterable[int]) -> None:
-        """These have ended, and their blocks are kept until `take_done` has named them."""
-        with self._lock:
-            self._kept.update(requests)
-            for request in self._kept:
-                self._settle(request)
-
-    def take_done(self) -> list[int]:
-        """Those of which nothing more is copied and whose blocks were kept; each is named once."""
-        with self._lock:
-            done = sorted(self._kept - self._copies.keys())
-            self._kept.difference_update(done)
-            return done
+        self._drop(lambda copy: copy.request in requests)
 
     def close(self) -> None:
         """Drop what has not begun, and return when the copy under way has ended."""
         with self._lock:
-            self._is_closed = True
             if self._timer:
                 self._timer.cancel()
         self._pool.close()
@@ -110,57 +105,30 @@ class Stores:
 
     # ----
 
-    def _make(self, copy: Copy) -> None:
-        try:
-            if copy.waits:
-                copy.after.synchronize()
-            started = time.perf_counter()
-            size = copy.granted.mover.store(copy.moves, None, None if copy.waits else copy.after)
-            copy.is_good = True
-            spent = time.perf_counter() - started
-            log_copies(logger, f"Stored {copy.tokens} tokens", size, spent)
-        finally:
-            self._over(copy)
-
-    def _over(self, copy: Copy) -> None:
+    def _take(self, which: Callable[[Copy], bool]) -> dict[Copy, Future[None]]:
         with self._lock:
-            copy.over_at = time.monotonic()
-            if copy not in self._copies.get(copy.request, ()):
-                copy.end(counts=False)
-            elif copy.request in self._kept:
-                self._settle(copy.request)
-            else:
-                self._watch()
+            return {copy: self._copies.pop(copy) for copy in list(self._copies) if which(copy)}
 
-    def _drop(self, request: int) -> None:
-        """Nothing that is being copied of a request counts. With the lock held."""
-        for copy in self._copies.pop(request, []):
-            if copy.over_at:
-                copy.end(counts=False)
-
-    def _settle(self, request: int) -> None:
-        """What has been copied of a request counts. With the lock held."""
-        copies = self._copies.pop(request, [])
-        under_way = [copy for copy in copies if not copy.over_at]
-        if under_way:
-            self._copies[request] = under_way
-        for copy in copies:
-            if copy.over_at:
-                copy.end(counts=True)
+    def _drop(self, which: Callable[[Copy], bool]) -> None:
+        for copy, future in self._take(which).items():
+            # a slot is in use until nobody writes to it any more
+            future.add_done_callback(partial(_forget, copy))
 
     def _watch(self) -> None:
-        """See to it that copies do not wait for ever. With the lock held."""
-        if self._timer is None and not self._is_closed:
+        """See to it that no copy waits for ever. With the lock held."""
+        if self._timer is None:
             self._timer = threading.Timer(LOST_S, self._expire)
             self._timer.daemon = True
             self._timer.start()
 
     def _expire(self) -> None:
+        too_old = time.monotonic() - LOST_S
+        self._drop(lambda copy: copy.since <= too_old)
         with self._lock:
             self._timer = None
-            too_old = time.monotonic() - LOST_S
-            for request, copies in list(self._copies.items()):
-                if any(copy.over_at and copy.over_at <= too_old for copy in copies):
-                    self._drop(request)
-            if any(copy.over_at for copies in self._copies.values() for copy in copies):
+            if self._copies:
                 self._watch()
+
+
+def _forget(copy: Copy, _: Future[None]) -> None:
+    copy.end(counts=False)

@@ -6,23 +6,24 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from lmcache.adapters.trtllm.stores import Copy, Stores
+from lmcache.core.errors import LayoutError
 from lmcache.core.grants import Grants
 from lmcache.core.log import init_logger, log_copies
 from lmcache.core.selfcheck import check_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     import torch
 
     from lmcache.adapters.trtllm.step import Step
     from lmcache.core.grants import Granted
-    from lmcache.core.kernels.staging import Event
     from lmcache.core.layout import PageLayout
     from lmcache.core.mover import Move
 
 logger = init_logger(__name__)
 
+DEVICES = ("cuda", "cpu")
 PROMISE_S = 30.0
 """How long what was promised can be loaded from a cache whose process has died."""
 
@@ -43,8 +44,10 @@ class Worker:
         self, engine_id: str, rank: int, layout: PageLayout, tensors: Sequence[torch.Tensor]
     ) -> None:
         """Begin to wait for a scheduling side. Raises `LayoutError` if a copy would be wrong."""
-        check_layout(layout, tensors, [0] * len(tensors))
         self._device = tensors[0].device
+        if self._device.type not in DEVICES:
+            raise LayoutError(f"blocks on a {self._device.type} device cannot be stored meanwhile")
+        check_layout(layout, tensors, [0] * len(tensors))
         self._grants.open(engine_id, rank, layout, tensors, slice_index=rank)
 
     def begin(self, step: Step | None, stream: Any) -> None:
@@ -57,7 +60,6 @@ class Worker:
         self._grants.take_back()
         if step is None:
             return
-        self._stores.seen(step.running)
         self._stores.drop(step.gone)
         self._step, self._now = step, self._grants.current(step.attachment)
         if self._now and step.number:
@@ -69,29 +71,28 @@ class Worker:
             self._load(step)
 
     def finish(self, stream: Any) -> None:
-        """The pass is on `stream`: begin to store what its step says. None if it failed."""
+        """The pass is on `stream`: begin to store what its step says. None if it failed.
+
+        The stores of passes before it have ended on return, and those that are urgent.
+        """
         step, now = self._step, self._now
         self._step = self._now = None
-        if step is None or now is None or not step.number:
+        if step is None:
+            return
+        if stream is not None:
+            self._stores.settle(step.running)
+        if now is None or not step.number:
             return
         left = len(step.stores)
         try:
-            if stream is not None and step.stores:
-                after = stream.record_event()
-                for request_id, moves in step.stores:
-                    self._stores.submit(self._copy(request_id, moves, now, step.number, after))
-                    left -= 1
+            for request_id, moves in step.stores if stream is not None else ():
+                self._store(request_id, moves, now, step.number, stream)
+                left -= 1
         finally:
             for _ in range(1 + left):
                 now.progress.end(step.number)
-
-    def take_stored(self, ended: Iterable[int]) -> list[int]:
-        """Requests that have ended and of which nothing more is stored; each is named once.
-
-        `ended` are those that have ended since the last call; their blocks are kept until then.
-        """
-        self._stores.keep(ended)
-        return self._stores.take_done()
+        if step.urgent:
+            self._stores.settle(step.urgent)
 
     def close(self) -> None:
         """Stop listening, and unmap the slab."""
@@ -124,11 +125,12 @@ class Worker:
 
         torch.get_device_module(self._device).current_stream(self._device).wait_stream(stream)
 
-    def _copy(
-        self, request_id: int, moves: list[Move], now: Granted, number: int, after: Event
-    ) -> Copy:
-        tokens = self._tokens(moves)
-        return Copy(request_id, moves, now, number, tokens, after, waits=self._is_on_host)
+    def _store(
+        self, request_id: int, moves: list[Move], now: Granted, number: int, stream: Any
+    ) -> None:
+        after, tokens = stream.record_event(), self._tokens(moves)
+        copy = Copy(request_id, moves, now, number, tokens, after, waits=self._is_on_host)
+        self._stores.submit(copy)
 
     @property
     def _is_on_host(self) -> bool:

@@ -259,6 +259,8 @@ class Engine:
     def finish(self, bound=16):
         """Nothing may be left of what there was."""
         self.run()
+        self.submit(prompt(5, seed=41))  # what is to be said with the next pass is said
+        self.run()
         for executor in self.ranks:
             executor.stream.synchronize()
             for group, pool in enumerate(executor.memory.pools):

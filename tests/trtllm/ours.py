@@ -23,7 +23,7 @@ def settle():
 
 
 def _say(monkeypatch, settings):
-    monkeypatch.setattr("lmcache.adapters.trtllm.stores.LOST_S", 0.2)
+    monkeypatch.setattr(importlib.import_module("lmcache.adapters.trtllm.stores"), "LOST_S", 0.2)
     for name, value in settings.items():
         monkeypatch.setenv(f"LMCACHE_{name}", value)
 

@@ -15,7 +15,7 @@ NATIVE = {
     "is_dummy_request",
     "kv_cache_retention_config",
 }
-PYTHON = {"py_request_id", "is_finished", "state"}
+PYTHON = {"py_request_id", "py_max_new_tokens", "is_finished", "state"}
 
 
 class LlmRequestState(Enum):
@@ -99,6 +99,9 @@ class PythonRequest(NativeRequest):
 
     def _py_request_id(self):
         return self._of.id
+
+    def _py_max_new_tokens(self):
+        return self._of.new_tokens
 
     def _is_finished(self):
         return self._of.is_finished

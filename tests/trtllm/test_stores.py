@@ -11,7 +11,7 @@ import pytest
 from lmcache.adapters.trtllm import stores as module
 from lmcache.adapters.trtllm.step import Step
 from lmcache.adapters.trtllm.stores import Copy, Stores
-from lmcache.adapters.trtllm.storing import AWAY, CONFIRMED, Storing
+from lmcache.adapters.trtllm.storing import AWAY, Storing
 
 
 class Rank:
@@ -48,29 +48,28 @@ def rank():
     rank.stores.close()
 
 
-def test_a_copy_counts_when_its_request_is_seen_after_it(rank):
+def test_a_copy_counts_when_its_request_is_in_the_next_pass(rank):
     rank.submit(7)
-    rank.stores.seen([7])
-    rank.let()
-    assert rank.ended == []
-    rank.stores.seen([8])
-    assert rank.ended == []
-    rank.stores.seen([7, 8])
+    rank.submit(8)
+    rank.may.set()
+    rank.stores.settle([7, 9])
     assert (rank.published, rank.ended) == (["good"], [1])
-    rank.stores.seen([7])
+    rank.stores.settle([7])
     assert rank.ended == [1]
+    rank.stores.settle([8])
+    assert rank.ended == [1, 1]
 
 
-def test_only_what_is_over_counts(rank):
-    rank.submit(7, 1)
-    rank.let()
-    rank.may.clear()
-    rank.submit(7, 2)
-    rank.stores.seen([7])
-    assert rank.ended == [1]
-    rank.let()
-    rank.stores.seen([7])
-    assert rank.ended == [1, 2]
+def test_all_copies_are_waited_for(rank):
+    rank.submit(7)
+    settled = threading.Thread(target=rank.stores.settle, args=([8],))
+    settled.start()
+    settled.join(0.05)
+    assert settled.is_alive()
+    rank.may.set()
+    settled.join(10)
+    assert not settled.is_alive()
+    assert rank.ended == []
 
 
 @pytest.mark.parametrize("is_over", [False, True])
@@ -81,22 +80,8 @@ def test_a_request_that_is_gone(rank, is_over):
     rank.stores.drop([7, 9])
     assert rank.ended == [1] * is_over, "a slot is in use while it is written to"
     rank.let()
-    rank.stores.seen([7])
+    rank.stores.settle([7])
     assert (rank.published, rank.ended) == ([], [1])
-
-
-@pytest.mark.parametrize("is_over", [False, True])
-def test_a_request_whose_blocks_are_kept(rank, is_over):
-    rank.submit(7)
-    rank.submit(7, 2)
-    if is_over:
-        rank.let()
-    rank.stores.keep([7, 9])
-    assert rank.stores.take_done() == ([7, 9] if is_over else [9])
-    rank.let()
-    assert (rank.published, rank.ended) == (["good"] * 2, [1, 2])
-    assert rank.stores.take_done() == ([] if is_over else [7])
-    assert rank.stores.take_done() == []
 
 
 def test_a_request_may_come_again(rank):
@@ -105,31 +90,34 @@ def test_a_request_may_come_again(rank):
     rank.stores.drop([7])
     rank.submit(7, 2)
     rank.let()
-    assert rank.ended == [1]
-    rank.stores.seen([7])
-    assert (len(rank.published), rank.ended) == (1, [1, 2])
+    rank.stores.settle([7])
+    assert (len(rank.published), sorted(rank.ended)) == (1, [1, 2])
 
 
-@pytest.mark.parametrize("what", ["seen", "keep"])
-def test_a_copy_that_failed_does_not_count(rank, what):
+def test_a_copy_that_failed_does_not_count(rank):
     rank.submit(7, moves="bad")
     rank.let()
-    getattr(rank.stores, what)([7])
+    rank.stores.settle([7])
     assert (rank.published, rank.ended) == ([], [1])
-    assert rank.stores.take_done() == ([7] if what == "keep" else [])
+
+
+def test_an_error_of_the_slab_is_answered_too(rank):
+    rank.mover.publish = lambda moves: 1 / 0
+    rank.submit(7)
+    rank.let()
+    with pytest.raises(ZeroDivisionError):
+        rank.stores.settle([7])
+    assert rank.ended == [1]
 
 
 def test_nobody_waits_for_ever(rank, monkeypatch):
     monkeypatch.setattr(module, "LOST_S", 0.05)
-    rank.submit(7, 1)
-    rank.let()
     deadline = time.monotonic() + 10
-    while not rank.ended:
-        assert time.monotonic() < deadline
-    rank.submit(8, 2)
-    rank.let()
-    while len(rank.ended) < 2:
-        assert time.monotonic() < deadline
+    for number in (1, 2):
+        rank.submit(number, number)
+        rank.let()
+        while len(rank.ended) < number:
+            assert time.monotonic() < deadline
     assert rank.published == []
 
 
@@ -149,37 +137,39 @@ def test_what_is_under_way_ends_before_it_closes(rank):
 
 class TestStoring:
     @staticmethod
-    def tell(storing, number, requests, stores=()):
-        step = Step(stores=[(request, []) for request in stores])
-        storing.tell(step, number, requests)
-        return step.running, step.gone
+    def tell(storing, number, requests, stores=(), urgent=()):
+        step = Step(stores=[(request, []) for request in stores], urgent=list(urgent))
+        away = storing.tell(step, number, requests)
+        return step.running, step.gone, away
 
-    def test_who_is_stored_is_spoken_of_from_the_next_pass_on(self):
+    def test_who_was_stored_is_named_in_its_next_pass(self):
         storing = Storing()
-        assert self.tell(storing, 1, [7, 8], stores=[7]) == ([], [])
-        assert self.tell(storing, 2, [7, 8]) == ([7], [])
-        assert self.tell(storing, 3, [8]) == ([], [])
+        assert self.tell(storing, 1, [7, 8], stores=[7]) == ([], [], [])
+        assert self.tell(storing, 2, [8]) == ([], [], [])
+        assert self.tell(storing, 3, [7, 8]) == ([7], [], [])
+        assert self.tell(storing, 4, [7, 8]) == ([], [], [])
+
+    def test_who_is_stored_in_each_pass_is_named_in_each(self):
+        storing = Storing()
+        said = [self.tell(storing, 1 + n, [7], stores=[7])[0] for n in range(4)]
+        assert said == [[], [7], [7], [7]]
 
     def test_who_stays_away_is_gone_once(self):
         storing = Storing()
         self.tell(storing, 1, [7], stores=[7])
-        said = [self.tell(storing, 2 + n, [])[1] for n in range(AWAY + 2)]
-        assert said == [[]] * AWAY + [[7], []]
-        assert not storing.end(7)
+        said = [self.tell(storing, 2 + n, [])[1:] for n in range(AWAY + 2)]
+        assert said == [([], [])] * AWAY + [([7], [7]), ([], [])]
 
     def test_who_has_lost_its_blocks_may_be_stored_again(self):
         storing = Storing()
         self.tell(storing, 1, [7], stores=[7])
         storing.lose(7)
         storing.lose(9)
-        assert self.tell(storing, 2, [7], stores=[7]) == ([], [7])
-        assert self.tell(storing, 3, [7]) == ([7], [])
-        assert storing.end(7)
-        assert not storing.end(7)
+        assert self.tell(storing, 2, [7], stores=[7]) == ([], [7], [])
+        assert self.tell(storing, 3, [7]) == ([7], [], [])
 
-    def test_a_long_request_is_named_for_a_while(self):
+    def test_what_is_urgent_needs_no_word(self):
         storing = Storing()
-        self.tell(storing, 1, [7], stores=[7])
-        named = [self.tell(storing, 2 + n, [7])[0] for n in range(CONFIRMED + 9)]
-        assert named == [[7]] * CONFIRMED + [[]] * 9
-        assert storing.end(7), "a slow rank may still be at it"
+        self.tell(storing, 1, [7], stores=[7], urgent=[7])
+        storing.lose(7)
+        assert self.tell(storing, 2, []) == ([], [], [])
