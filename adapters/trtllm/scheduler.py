@@ -263,7 +263,7 @@ class Scheduler:
         cache = draft.cache
         if cache is None or cache is not tracked.cache or not self._stores:
             return
-        geometry = cache.geometry
+        geometry, may_end = cache.geometry, tracked.may_end(valid)
         tail = valid == tracked.prompt and self._config.save_unfull_chunk
         valid = min(valid, _whole(tracked.blocks) * geometry.page_tokens)
         stop = valid - valid % (geometry.page_tokens if tail else geometry.chunk_tokens)
@@ -276,7 +276,7 @@ class Scheduler:
         moves = moves_for(slots, geometry, tracked.blocks, 0, len(tracked.blocks))
         if moves:
             draft.step.stores.append((request_id, moves))
-            if tracked.may_end(valid):
+            if may_end:
                 draft.step.urgent.append(request_id)
 
     # ----

@@ -116,8 +116,9 @@ class Stores:
 
     def _watch(self) -> None:
         """See to it that no copy waits for ever. With the lock held."""
-        if self._timer is None:
-            self._timer = threading.Timer(LOST_S, self._expire)
+        if self._timer is None and self._copies:
+            due = min(copy.since for copy in self._copies) + LOST_S
+            self._timer = threading.Timer(due - time.monotonic(), self._expire)
             self._timer.daemon = True
             self._timer.start()
 
@@ -126,8 +127,7 @@ class Stores:
         self._drop(lambda copy: copy.since <= too_old)
         with self._lock:
             self._timer = None
-            if self._copies:
-                self._watch()
+            self._watch()
 
 
 def _forget(copy: Copy, _: Future[None]) -> None:

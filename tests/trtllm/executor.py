@@ -168,12 +168,19 @@ class Executor:
         if request.error is None and self.options.reuse:
             self.memory.learn(request, len(request.tokens) - 1)
         if saves and (self.options.reuse or self.profile.layouts):
-            self.memory.hold(request.tables)
-            self.saving[request.id] = [list(table) for table in request.tables]
+            self._keep(request)
         request.state = (
             State.DISAGG_CONTEXT_TRANS_IN_PROGRESS if saves else State.GENERATION_COMPLETE
         )
         self._drop(request)
+
+    def _keep(self, request):
+        """Version 2 keeps a request's blocks, version 1 what is known to be the same."""
+        if request.is_cancelled and not self.profile.layouts:
+            self.memory.learn(request, min(request.position, len(request.tokens) - 1))
+        kept = request.tables if self.profile.layouts else self.memory.known(request)
+        self.memory.hold(kept)
+        self.saving[request.id] = [list(table) for table in kept]
 
     def _drop(self, request):
         request.is_gone = True

@@ -90,6 +90,14 @@ class Memory:
     def learn(self, request, valid):
         self.blocks[0].learn(request.identity, request.ahead, valid, request.tables[0])
 
+    def known(self, request):
+        """The blocks known to hold what a request's whole ones hold: its own, or others."""
+        blocks = self.blocks[0]
+        keys = [
+            blocks.key(request.identity, request.ahead, n) for n, _ in enumerate(request.tables[0])
+        ]
+        return [[blocks.known[key].block for key in keys if key in blocks.known]]
+
     def hold(self, tables):
         for group, table in enumerate(tables):
             self.blocks[group].hold([block for block in table if block >= 0])

@@ -387,6 +387,49 @@ class ConnectorSuite:
             engine.audit()
 
 
+class ExactSuite:
+    """What those do besides that can use a part of a chunk: B and C to the block."""
+
+    start = ConnectorSuite.start
+    seed = staticmethod(ConnectorSuite.seed)
+    expect_found = ConnectorSuite.expect_found
+
+    def test_a_full_hit_uses_half_a_chunk(self, start):
+        with start() as engine:
+            self.seed(engine, prompt(128))
+            engine.submit(prompt(128))
+            engine.run()
+            assert queries(engine) == [(0, 96)]
+
+    def test_a_load_begins_where_the_device_ends(self, start):
+        with start() as engine:
+            self.seed(engine, prompt(100))
+            engine.submit(prompt(33))
+            engine.run()
+            engine.clear()
+            pool = engine.ranks[0].memory.pools[0]
+            engine.hooks.prepared = lambda executor: before.append(pool.view.clone())
+            before = []
+            engine.submit(prompt(100))
+            engine.step()
+            changed = (pool.view != before[0]).flatten(1).any(1).nonzero().flatten().tolist()
+            table = engine.trace.of("update")[0][2]
+            assert queries(engine) == [(32, 32)]
+            assert sorted(changed) == sorted(table[1:])
+
+    def test_what_the_device_has_is_stored_too(self, start):
+        """E, where only the device had it."""
+        with start() as engine:
+            self.seed(engine, prompt(33))
+            engine.submit(prompt(64))
+            engine.run()
+            engine.clear()
+            engine.submit(prompt(100))
+            engine.run()
+            assert queries(engine)[0][0] == 64
+            self.expect_found(engine, prompt(100), 64)
+
+
 class Version2Suite:
     """What version 2 of the cache manager does besides: K."""
 

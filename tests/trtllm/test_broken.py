@@ -10,6 +10,7 @@ import standin
 from driver import Engine, prompt
 from judge import ExecutorDied, Violation
 from plug import Plug
+from suite import queries
 
 ALL = list(standin.PROFILES)
 TOLD = ["v1_1", "main_v1", "main_v2"]
@@ -226,6 +227,25 @@ def test_a_cancelled_request_is_saved_after_its_blocks_are_freed(profile, choose
         engine.run()
         with caught(engine, "content: .* promised positions \\[0, 1, 2\\]"):
             engine.audit()
+
+
+@only("v1_1", *UNTOLD, "main_v1")
+def test_what_is_kept_for_a_save_is_another_block(profile, choose):
+    """What the device had of a prompt it keeps; what the request has computed anew it does not."""
+    minimal = choose(saves_later=True, stages=False, polls=4)
+    with Engine(profile, Plug("minimal"), blocks=12) as engine:
+        engine.submit(prompt(128), new_tokens=2)
+        engine.run()
+        minimal.STORE.evict()
+        engine.submit(prompt(128))
+        engine.step()
+        assert queries(engine)[-1] == (96, 0)
+        engine.submit(prompt(200, seed=1), new_tokens=2)
+        engine.run()
+        with caught(engine, "content: .* the promised positions \\[96, 97, 98\\]"):
+            engine.forget()
+            engine.submit(prompt(160))
+            engine.run()
 
 
 def test_a_save_that_holds_up_its_pass(profile, choose):

@@ -18,6 +18,7 @@ from ours import in_process, with_server
 from suite import queries
 
 from lmcache.core.errors import ConfigError, LayoutError
+from lmcache.core.mover import Mover
 
 SCRIPTS = Path(__file__).resolve().parent / "scripts"
 
@@ -138,6 +139,38 @@ class TestWhatIsStored:
             assert found(engine, prompt(200)) == 192
             engine.audit()
 
+    def test_a_chunk_is_whole_blocks(self, start):
+        with start({"CHUNK_SIZE": "50"}) as engine:
+            assert found(engine, prompt(100)) == 0
+            assert found(engine, prompt(100)) == 64
+            engine.audit()
+
+    @pytest.mark.parametrize("named", [True, False])
+    def test_hosts_may_keep_a_model_in_different_folders(self, start, tmp_path, named):
+        name = {"MODEL_ID": "tiny"} if named else {}
+        disk = {"LOCAL_DISK": str(tmp_path), "MAX_LOCAL_DISK_SIZE": "0.1", **name}
+        with start(disk, args={"model": "/here/tiny"}) as engine:
+            assert found(engine, prompt(100)) == 0
+        with start(disk, args={"model": "/there/tiny"}) as engine:
+            assert found(engine, prompt(100)) == 64 * named
+
+    def test_a_place_without_a_block(self, start):
+        """What lies before it is stored, and what lies behind it is not."""
+        with start() as engine:
+            output_of = engine.ranks[0].reporter.output
+
+            def with_a_hole(batch):
+                told = output_of(batch)
+                for data in told.new_requests:
+                    data.new_block_ids[3] = -1
+                return told
+
+            engine.ranks[0].reporter.output = with_a_hole
+            assert found(engine, prompt(200)) == 0
+            engine.ranks[0].reporter.output = output_of
+            assert found(engine, prompt(200)) == 64
+            engine.audit()
+
     def test_more_than_there_is_room_for(self, start):
         """A chunk takes 4 kB; the slab has room for few of them beside its own needs."""
         with start({"MAX_LOCAL_CPU_SIZE": "0.0003"}, layers=1) as engine:
@@ -151,6 +184,44 @@ class TestWhatIsStored:
 
 
 class TestPromises:
+    def test_what_was_promised_cannot_be_evicted(self, start):
+        with start() as engine:
+            found(engine, prompt(130))
+            engine.forget()
+            decider = engine.leader._scheduler._joining.current().decider
+            engine.hooks.prepared = lambda executor: decider.clear()
+            engine.submit(prompt(130))
+            engine.run()
+            assert queries(engine)[-1] == (0, 128)
+            engine.hooks.prepared = lambda executor: None
+
+    def test_what_one_of_four_ranks_lacks_is_not_there(self, start, monkeypatch):
+        with start(ranks=4, layers=1) as engine:
+            publish = Mover.publish
+            on_three = lambda mover, moves: publish(mover, moves) if mover._slice != 2 else None  # noqa: E731
+            monkeypatch.setattr(Mover, "publish", on_three)
+            assert found(engine, prompt(130)) == found(engine, prompt(130)) == 0
+            monkeypatch.setattr(Mover, "publish", publish)
+            assert found(engine, prompt(130)) == 0
+            assert found(engine, prompt(130)) == 128
+            engine.audit()
+
+    def test_a_load_that_fails_on_one_rank(self, start, monkeypatch):
+        """None of them goes on with what is not there."""
+        with start(ranks=2, layers=1) as engine:
+            found(engine, prompt(130))
+            engine.forget()
+            load = Mover.load
+
+            def fails_on_one(mover, moves, *args):
+                return load(mover, moves, *args) if mover._slice == 0 else (0, list(moves))
+
+            monkeypatch.setattr(Mover, "load", fails_on_one)
+            engine.submit(prompt(130))
+            with pytest.raises(ExecutorDied, match="cannot be loaded"):
+                engine.run()
+            engine.abandon()
+
     def test_a_cache_that_breaks_is_no_reason_to_answer(self, start):
         with start() as engine:
             found(engine, prompt(130))

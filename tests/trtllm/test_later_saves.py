@@ -54,8 +54,6 @@ def start(request, profile, monkeypatch):
         plug = with_server(monkeypatch, request.getfixturevalue("server"))
     else:
         plug = in_process(monkeypatch)
-    # what is forgotten need not be waited for here
-    monkeypatch.setattr(importlib.import_module("lmcache.adapters.trtllm.stores"), "LOST_S", 60)
     return lambda **options: Engine(profile, plug, **options)
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from driver import Engine
 from ours import in_process, with_server
-from suite import ConnectorSuite, Version2Suite
+from suite import ConnectorSuite, ExactSuite, Version2Suite
+
+
+@pytest.fixture(autouse=True)
+def no_error_is_hidden(caplog):
+    """Whatever was swallowed, so that the engine goes on, is in the log."""
+    yield
+    assert not [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.ERROR]
 
 
 class InProcess:
@@ -32,6 +41,14 @@ class TwoRanks:
 
 
 class TestInProcess(InProcess, ConnectorSuite):
+    pass
+
+
+class TestInProcessExactly(InProcess, ExactSuite):
+    pass
+
+
+class TestWithServerExactly(WithServer, ExactSuite):
     pass
 
 
