@@ -55,13 +55,13 @@ class DaemonPool:
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"the pool {self._name} is closed")
+            if len(self._threads) < min(self._most, len(self._pending) + 1):
+                self._start_thread()  # first: if it cannot, nothing has been submitted
             self._pending.add(future)
             future.add_done_callback(self._forget)
             work: _Job = (future, partial(job, *args))
             heappush(self._queue, (order, next(self._numbers), work))
             self._calls.put(True)
-            if len(self._threads) < min(self._most, len(self._pending)):
-                self._start_thread()
         return future
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -80,6 +80,7 @@ class DaemonPool:
             waiting, self._queue = self._queue, []
         for _, _, (future, _) in waiting:
             future.cancel()
+            future.set_running_or_notify_cancel()  # or who waits for it waits for ever
         for _ in self._threads:
             self._calls.put(False)
 
@@ -91,8 +92,8 @@ class DaemonPool:
     def _start_thread(self) -> None:
         number = len(self._threads)
         thread = threading.Thread(target=self._work, name=f"{self._name}-{number}", daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)
 
     def _forget(self, future: Future[None]) -> None:
         with self._lock:

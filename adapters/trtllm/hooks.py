@@ -200,7 +200,7 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
     ) -> tuple[list[int], list[int]]:
         """No load outlasts its pass, and no blocks are kept for stores.
 
-        The pass is over, if it has not failed.
+        Gives up a step whose `wait_for_save` never came, as its pass has failed.
         """
         self._abandon()
         return list(finished_gen_req_ids), list(started_loading_req_ids)

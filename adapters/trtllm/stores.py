@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import wait
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -42,16 +43,20 @@ class Copy:
     """Whether we have to wait for that, as no device does."""
     is_good: bool = False
     """Whether all of it was copied."""
-    since: float = field(default_factory=time.monotonic)
+    ended: float | None = None
+    """When it was over, one way or the other."""
 
     def make(self) -> None:
         """Copy. Raises whatever goes wrong."""
-        if self.waits:
-            self.after.synchronize()
-        started = time.perf_counter()
-        size = self.granted.mover.store(self.moves, None, None if self.waits else self.after)
-        self.is_good = True
-        log_copies(logger, f"Stored {self.tokens} tokens", size, time.perf_counter() - started)
+        try:
+            if self.waits:
+                self.after.synchronize()
+            started = time.perf_counter()
+            size = self.granted.mover.store(self.moves, None, None if self.waits else self.after)
+            self.is_good = True
+            log_copies(logger, f"Stored {self.tokens} tokens", size, time.perf_counter() - started)
+        finally:
+            self.ended = time.monotonic()
 
     def end(self, *, counts: bool) -> None:
         """It is over: answer for this part of the step."""
@@ -80,28 +85,29 @@ class Stores:
     def submit(self, copy: Copy) -> None:
         """Have it made. Raises `RuntimeError` after `close`."""
         with self._lock:
-            self._copies[copy] = self._pool.submit(copy.make)
             self._watch()
+            self._copies[copy] = self._pool.submit(copy.make)
 
     def settle(self, requests: Container[int]) -> None:
-        """Wait for all copies; those of `requests` count, whose pass is about to end."""
-        with self._lock:
-            under_way = list(self._copies.values())
-        wait(under_way)
-        for copy in self._take(lambda copy: copy.request in requests):
-            copy.end(counts=True)
+        """Wait for the copies of these, who still have their blocks: what was copied counts."""
+        copies = self._take(lambda copy: copy.request in requests)
+        wait(copies.values())
+        with ExitStack() as last_first:  # an error in one of them must not leave out the others
+            for copy in reversed(copies):
+                last_first.callback(copy.end, counts=True)
 
     def drop(self, requests: Container[int]) -> None:
-        """These have lost their blocks, nobody knows when."""
+        """These may have lost their blocks: what was copied does not count."""
         self._drop(lambda copy: copy.request in requests)
 
     def close(self) -> None:
         """Drop what has not begun, and return when the copy under way has ended."""
-        with self._lock:
-            if self._timer:
-                self._timer.cancel()
         self._pool.close()
         self._pool.join()
+        with self._lock:
+            self._copies.clear()
+            if self._timer:
+                self._timer.cancel()
 
     # ----
 
@@ -116,18 +122,19 @@ class Stores:
 
     def _watch(self) -> None:
         """See to it that no copy waits for ever. With the lock held."""
-        if self._timer is None and self._copies:
-            due = min(copy.since for copy in self._copies) + LOST_S
-            self._timer = threading.Timer(due - time.monotonic(), self._expire)
-            self._timer.daemon = True
-            self._timer.start()
+        if self._timer is None:
+            timer = threading.Timer(LOST_S, self._expire)
+            timer.daemon = True
+            timer.start()
+            self._timer = timer
 
     def _expire(self) -> None:
         too_old = time.monotonic() - LOST_S
-        self._drop(lambda copy: copy.since <= too_old)
+        self._drop(lambda copy: copy.ended is not None and copy.ended <= too_old)
         with self._lock:
             self._timer = None
-            self._watch()
+            if self._copies:
+                self._watch()
 
 
 def _forget(copy: Copy, _: Future[None]) -> None:

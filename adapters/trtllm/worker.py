@@ -1,4 +1,4 @@
-"""Where the pages are: every rank of TensorRT-LLM. Runs on the thread of its executor."""
+"""Where the pages are: every rank of TensorRT-LLM. On its executor's thread, but for stores."""
 
 from __future__ import annotations
 
@@ -73,26 +73,28 @@ class Worker:
     def finish(self, stream: Any) -> None:
         """The pass is on `stream`: begin to store what its step says. None if it failed.
 
-        The stores of passes before it have ended on return, and those that are urgent.
+        On return the stores that passes before it have made of its requests have ended, and those
+        of requests that may end with it.
         """
         step, now = self._step, self._now
         self._step = self._now = None
         if step is None:
             return
-        if stream is not None:
-            self._stores.settle(step.running)
-        if now is None or not step.number:
-            return
-        left = len(step.stores)
+        left = 1 + len(step.stores)
         try:
-            for request_id, moves in step.stores if stream is not None else ():
-                self._store(request_id, moves, now, step.number, stream)
-                left -= 1
+            if stream is not None:
+                self._stores.settle(step.running)
+            # whatever is left of these is from before they began anew
+            self._stores.drop([*step.running, *(request_id for request_id, _ in step.stores)])
+            if stream is not None and now and step.number:
+                for request_id, moves in step.stores:
+                    self._store(request_id, moves, now, step.number, stream)
+                    left -= 1
         finally:
-            for _ in range(1 + left):
-                now.progress.end(step.number)
-        if step.urgent:
-            self._stores.settle(step.urgent)
+            if now and step.number:
+                for _ in range(left):
+                    now.progress.end(step.number)
+        self._stores.settle(step.urgent)
 
     def close(self) -> None:
         """Stop listening, and unmap the slab."""
@@ -117,7 +119,7 @@ class Worker:
         log_copies(logger, f"Retrieved {tokens} tokens", size, time.perf_counter() - started)
 
     def _follow(self, stream: Any) -> None:
-        """Have the copies that follow wait for what is queued on `stream`."""
+        """Have the loads that follow wait for what is queued on `stream`."""
         if self._is_on_host:
             stream.synchronize()
             return

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import wait
 
 import pytest
 
@@ -96,6 +97,34 @@ def test_closing_cancels_what_has_not_begun(make_pool, gate):
     first.result(10)
     pool.join()
     assert (ended, len(pool)) == ([], 0)
+
+
+def test_who_waits_for_what_is_cancelled_is_told(make_pool, gate):
+    pool = make_pool(1)
+    pool.submit(gate.wait)
+    job = pool.submit(gate.wait)
+    waiter = threading.Thread(target=wait, args=([job],))
+    waiter.start()
+    pool.close()
+    waiter.join(10)
+    assert not waiter.is_alive()
+    gate.set()
+
+
+def test_a_job_that_no_thread_can_be_started_for_is_not_submitted(make_pool, monkeypatch):
+    pool, done = make_pool(1), []
+
+    def cannot(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", cannot)
+        with pytest.raises(RuntimeError, match="can't start"):
+            pool.submit(done.append, 1)
+    assert len(pool) == 0
+    pool.submit(done.append, 2)
+    assert pool.wait(10)
+    assert done == [2]
 
 
 def test_a_closed_pool_takes_no_job(make_pool):

@@ -218,9 +218,14 @@ def test_a_prefill_that_waits_for_its_turn_is_stored_again(start):
     with start(chunked=True, max_num_tokens=64) as engine:
         engine.submit(prompt(200))
         engine.step()
-        scheduler = engine.leader._scheduler
+        until(lambda: all(copy.ended for copy in copies(engine)))
         for _ in range(AWAY):
-            scheduler.build(SimpleNamespace(new_requests=[], cached_requests=[]))
+            others = SimpleNamespace(new_requests=[], cached_requests=[])
+            engine.ranks[0].manager.worker.bind_connector_meta(
+                engine.leader.build_connector_meta(others)
+            )
+            engine.dummy_pass()
+        assert is_tidy(engine)
         engine.run()
         assert look_up(engine, prompt(201)) == 192
         engine.audit()

@@ -18,13 +18,14 @@ class Rank:
     """What a copy is made with: it is over when it may be, and answers are written down."""
 
     def __init__(self):
-        self.may = threading.Event()
+        self.may, self.begun = threading.Event(), threading.Event()
         self.published, self.ended = [], []
         self.mover = SimpleNamespace(store=self.store, publish=self.published.append)
         self.progress = SimpleNamespace(end=self.ended.append)
         self.stores = Stores()
 
     def store(self, moves, region, after):
+        self.begun.set()
         assert self.may.wait(10)
         if moves == "bad":
             raise OSError("the device is gone")
@@ -60,16 +61,28 @@ def test_a_copy_counts_when_its_request_is_in_the_next_pass(rank):
     assert rank.ended == [1, 1]
 
 
-def test_all_copies_are_waited_for(rank):
+def test_those_that_count_are_waited_for(rank):
     rank.submit(7)
-    settled = threading.Thread(target=rank.stores.settle, args=([8],))
+    rank.stores.settle([8])
+    settled = threading.Thread(target=rank.stores.settle, args=([7],))
     settled.start()
     settled.join(0.05)
     assert settled.is_alive()
     rank.may.set()
     settled.join(10)
-    assert not settled.is_alive()
-    assert rank.ended == []
+    assert rank.ended == [1]
+
+
+def test_what_is_waited_for_does_not_expire(rank, monkeypatch):
+    monkeypatch.setattr(module, "LOST_S", 0.02)
+    rank.submit(7)
+    time.sleep(0.1)
+    settled = threading.Thread(target=rank.stores.settle, args=([7],))
+    settled.start()
+    time.sleep(0.1)
+    rank.may.set()
+    settled.join(10)
+    assert rank.published == ["good"]
 
 
 @pytest.mark.parametrize("is_over", [False, True])
@@ -101,13 +114,14 @@ def test_a_copy_that_failed_does_not_count(rank):
     assert (rank.published, rank.ended) == ([], [1])
 
 
-def test_an_error_of_the_slab_is_answered_too(rank):
+def test_an_error_of_the_slab_leaves_nothing_unanswered(rank):
     rank.mover.publish = lambda moves: 1 / 0
-    rank.submit(7)
+    for step in (1, 2, 3):
+        rank.submit(7, step)
     rank.let()
     with pytest.raises(ZeroDivisionError):
         rank.stores.settle([7])
-    assert rank.ended == [1]
+    assert rank.ended == [1, 2, 3]
 
 
 def test_nobody_waits_for_ever(rank, monkeypatch):
@@ -124,6 +138,7 @@ def test_nobody_waits_for_ever(rank, monkeypatch):
 def test_what_is_under_way_ends_before_it_closes(rank):
     rank.submit(7)
     rank.submit(8)
+    assert rank.begun.wait(10)
     closed = threading.Thread(target=rank.stores.close)
     closed.start()
     closed.join(0.05)
@@ -133,6 +148,22 @@ def test_what_is_under_way_ends_before_it_closes(rank):
     assert not closed.is_alive()
     with pytest.raises(RuntimeError, match="closed"):
         rank.submit(9)
+    rank.stores.settle([7, 8, 9])
+
+
+def test_nobody_waits_for_what_was_dropped_by_closing(rank):
+    rank.submit(7)
+    rank.submit(8)
+    settled = threading.Thread(target=rank.stores.settle, args=([7, 8],))
+    settled.start()
+    settled.join(0.05)
+    assert settled.is_alive()
+    closed = threading.Thread(target=rank.stores.close)
+    closed.start()
+    rank.may.set()
+    closed.join(10)
+    settled.join(10)
+    assert not settled.is_alive()
 
 
 class TestStoring:
