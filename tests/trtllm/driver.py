@@ -156,7 +156,7 @@ class Engine:
     def _hand_over_pools(self, rank):
         executor = self.ranks[rank]
         manager, pools = executor.manager, executor.memory.pools
-        if self.profile.layouts:
+        if self.profile.layouts or self.options.described:
             register, handed = manager.worker.register_kv_cache_layout, self._layout(pools)
         else:
             register, handed = manager.worker.register_kv_caches, pools[0].tensor()

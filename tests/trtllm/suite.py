@@ -20,9 +20,12 @@ from __future__ import annotations
 import random
 
 import pytest
+import standin
 import torch
 from driver import Engine, prompt
+from judge import BatchFailed
 
+POLL = ("get_finished", [], [], [], [])
 FROM_RUNTIME = ("query", "update", "meta", "load", "save", "cancel_load", "reset")
 
 
@@ -269,6 +272,24 @@ class ConnectorSuite:
             engine.run()
             engine.audit()
 
+    def test_a_pass_that_breaks_off_stores_nothing(self, start):
+        with start() as engine:
+            model = engine.ranks[0].model
+            launch, model._launch = model._launch, self.breaks_off
+            requests = [engine.submit(prompt(100, seed), new_tokens=3) for seed in range(2)]
+            engine.step()
+            model._launch = launch
+            engine.run()
+            assert all("kernel" in request.error for request in requests)
+            engine.submit(prompt(100), new_tokens=3)
+            engine.run()
+            assert queries(engine)[-1] == (0, 0)
+            engine.audit()
+
+    @staticmethod
+    def breaks_off(batch):
+        raise BatchFailed("a kernel has failed")
+
     # --- I: ranks
 
     def test_each_rank_has_its_own(self, start):
@@ -388,11 +409,45 @@ class ConnectorSuite:
 
 
 class ExactSuite:
-    """What those do besides that can use a part of a chunk: B and C to the block."""
+    """A, B, C and E exactly, of those that can use a part of a chunk and keep no blocks."""
 
     start = ConnectorSuite.start
     seed = staticmethod(ConnectorSuite.seed)
     expect_found = ConnectorSuite.expect_found
+
+    def test_a_fresh_prompt_to_the_last_call(self, start):
+        """A."""
+        with start() as engine:
+            request = engine.submit(prompt(100), new_tokens=2)
+            engine.run()
+            blocks = engine.trace.of("update")[0][2]
+            hooks = [
+                ("hook", method, layer)
+                for layer in range(2)
+                for method in ("wait_for_layer_load", "save_kv_layer")
+            ]
+            assert engine.trace.calls == [
+                ("query", request.id, 0, 0, False),
+                ("update", request.id, blocks),
+                ("meta", [(request.id, 100, 4, 0, 100)], []),
+                ("load",),
+                *hooks,
+                ("save",),
+                POLL,
+                ("meta", [], [(request.id, 1, 0, 100, 1)]),
+                ("load",),
+                *hooks,
+                ("save",),
+                ("finished", request.id, blocks, False),
+                POLL,
+            ]
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_an_iteration_ends_with_one_poll(self, start, overlap):
+        with start(overlap=overlap) as engine:
+            engine.submit(prompt(70), new_tokens=4)
+            engine.run()
+            assert engine.trace.of("get_finished") == [POLL] * (4 + overlap)
 
     def test_a_full_hit_uses_half_a_chunk(self, start):
         with start() as engine:
@@ -428,6 +483,24 @@ class ExactSuite:
             engine.run()
             assert queries(engine)[0][0] == 64
             self.expect_found(engine, prompt(100), 64)
+
+
+class DescribedSuite:
+    """Version 1 of the cache manager may describe its one pool as version 2 does."""
+
+    start = ConnectorSuite.start
+    seed = staticmethod(ConnectorSuite.seed)
+    expect_found = ConnectorSuite.expect_found
+
+    @pytest.fixture
+    def profile(self):
+        with standin.installed("main_v1") as profile:
+            yield profile
+
+    def test_a_pool_may_be_described(self, start):
+        with start(described=True) as engine:
+            self.seed(engine, prompt(130))
+            self.expect_found(engine, prompt(130), 128)
 
 
 class Version2Suite:

@@ -7,7 +7,7 @@ import logging
 import pytest
 from driver import Engine
 from ours import in_process, with_server
-from suite import ConnectorSuite, ExactSuite, Version2Suite
+from suite import ConnectorSuite, DescribedSuite, ExactSuite, Version2Suite
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,7 @@ class TwoRanks:
     """Each with its own blocks and its own share; what a test does to one of them is left out."""
 
     test_a_batch_that_fails_is_all_that_fails = None
+    test_a_pass_that_breaks_off_stores_nothing = None
     test_a_request_that_nobody_knows_is_ignored = None
 
     @pytest.fixture
@@ -49,6 +50,14 @@ class TestInProcessExactly(InProcess, ExactSuite):
 
 
 class TestWithServerExactly(WithServer, ExactSuite):
+    pass
+
+
+class TestInProcessDescribed(InProcess, DescribedSuite):
+    pass
+
+
+class TestWithServerDescribed(WithServer, DescribedSuite):
     pass
 
 

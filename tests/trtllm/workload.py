@@ -29,6 +29,8 @@ class Options:
     """Passes are replayed: no layer hook is called."""
     split: bool = False
     """A region for K and one for V of each layer; version 2 only."""
+    described: bool = False
+    """The pool is handed over as a layout, whatever the version of the cache manager."""
     windows: tuple[int | None, ...] = (None,)
     """The window of each group of layers; more than one with version 2 only."""
     saves_later: bool = False
