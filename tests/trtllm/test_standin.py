@@ -395,7 +395,7 @@ def test_an_engine_tells_when_it_is_idle_and_when_it_ends(profile):
         engine.submit(prompt(10))
         engine.run()
         assert told == ["idle"]
-    assert told == ["idle", "idle", "end"]
+    assert told == ["idle", "idle", "idle", "end"]
 
 
 def test_a_preset_is_used_where_there_is_one(profile):
