@@ -7,13 +7,11 @@ more than the chunks are worth.
 from __future__ import annotations
 
 from array import array
-from itertools import starmap
+from functools import partial
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
-
-from lmcache.core.keys import ChunkKey
+from lmcache.core.keys import ChunkKey  # noqa: TC001 - read where slots are decoded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -24,7 +22,7 @@ ALL = 255
 """As many slower tiers as there may be."""
 
 
-class Slot(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class Slot(NamedTuple):
     """A place in the slab that holds, or is to hold, one chunk."""
 
     key: ChunkKey
@@ -35,6 +33,10 @@ class Slot(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Unique for each reservation: bytes of another generation are another chunk's."""
     chunk: int
     """Which chunk of its sequence it is."""
+
+
+_NEW_SLOT: Callable[[Any], Slot] = partial(tuple.__new__, Slot)
+"""`Slot._make` in half the time."""
 
 
 class Index:
@@ -107,7 +109,7 @@ class Index:
         of: Callable[[Any], tuple[Any, ...]] = itemgetter(*entries)
         numbers = range(first, first + len(entries))
         columns = (self.keys, self.offset, self.size, self.generation)
-        return list(starmap(Slot, zip(*map(of, columns), numbers, strict=True)))
+        return list(map(_NEW_SLOT, zip(*map(of, columns), numbers, strict=True)))
 
     def remove(self, entry: int) -> ChunkKey:
         """Forget an entry, whose number may be given out again."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 import rig
 
@@ -87,7 +86,7 @@ def test_a_store_that_was_not_completed_is_given_up(scene):
 def test_a_slot_of_another_generation_is_not_complete(scene):
     [slot] = scene.reserve()
     number = scene.flights.depart([slot], [], [])
-    scene.publish(msgspec.structs.replace(slot, generation=slot.generation - 1))
+    scene.publish(slot._replace(generation=slot.generation - 1))
     scene.finish(number)
     assert slot not in scene
 
