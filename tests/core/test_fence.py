@@ -21,9 +21,11 @@ class Store:
     """Ends when it is told to."""
 
     def __init__(self, done, name):
-        self.done, self.name, self.go = done, name, threading.Event()
+        self.done, self.name = done, name
+        self.begun, self.go = threading.Event(), threading.Event()
 
     def __call__(self):
+        self.begun.set()
         assert self.go.wait(5)
         self.done.append(self.name)
 
@@ -79,6 +81,7 @@ def test_closing_drops_what_has_not_begun(fence, stores):
     done, (first, second, _) = stores
     fence.submit(first, [1])
     fence.submit(second, [2])
+    assert first.begun.wait(5)
     closing = later(fence.close)
     assert closing.is_alive()
     first.go.set()
