@@ -103,7 +103,7 @@ class Scheduler:
         self._void: deque[int] = deque(maxlen=UNSEEN)
         """Requests whose promise is void, of which nothing more should be heard."""
         self._passes = 0
-        self._declined = False
+        self._declined = 0
 
     def start(self) -> None:
         """Join the cache, now that the ranks are there; later again does nothing.
@@ -316,8 +316,8 @@ class Scheduler:
             self.forget(request_id)
 
     def _decline(self) -> None:
-        if not self._declined:
-            self._declined = True
+        self._declined += 1
+        if self._declined == 1:
             logger.warning(
                 "a prompt of which TensorRT-LLM has a part of a block: nothing is loaded for such "
                 "prompts; set KvCacheConfig(enable_partial_reuse=False)"
@@ -325,6 +325,9 @@ class Scheduler:
 
     def close(self) -> None:
         """Stop trying to attach, and let go of what is attached."""
+        if self._declined:
+            logger.warning("nothing was loaded for %d prompts with a partial match", self._declined)
+            self._declined = 0
         if self._joining:
             self._joining.close()
         self._tracked.clear()

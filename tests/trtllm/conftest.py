@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 
 import pytest
+
+from lmcache.core.log import init_logger
 
 HERE = str(Path(__file__).resolve().parent)
 
@@ -57,3 +60,11 @@ def server(tmp_path_factory):
     server = sys.modules["served"].Server(log, "--l1-size-gb", "0.2", "--chunk-size", "64")
     yield server.start()
     server.stop()
+
+
+@pytest.fixture
+def heard(caplog, monkeypatch):
+    """What we log."""
+    init_logger("lmcache")  # or whoever comes first sets it up anew
+    monkeypatch.setattr(logging.getLogger("lmcache"), "propagate", True)
+    return caplog

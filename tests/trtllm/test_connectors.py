@@ -139,6 +139,17 @@ class TestWhatIsStored:
             assert found(engine, prompt(200)) == 192
             engine.audit()
 
+    def test_what_partial_reuse_costs_is_said(self, start, heard):
+        with start(partial=True) as engine:
+            found(engine, prompt(100))
+            for seed in (5, 6):
+                engine.submit((*prompt(40), *prompt(60, seed)))
+                engine.run()
+                assert queries(engine)[-1] == (40, 0)
+            said = [r.getMessage() for r in heard.records]
+            assert sum(text.startswith("a prompt of which") for text in said) == 1
+        assert "nothing was loaded for 2 prompts with a partial match" in heard.text
+
     def test_a_chunk_is_whole_blocks(self, start):
         with start({"CHUNK_SIZE": "50"}) as engine:
             assert found(engine, prompt(100)) == 0

@@ -11,10 +11,10 @@ from suite import ConnectorSuite, DescribedSuite, ExactSuite, Version2Suite
 
 
 @pytest.fixture(autouse=True)
-def no_error_is_hidden(caplog):
+def no_error_is_hidden(heard):
     """Whatever was swallowed, so that the engine goes on, is in the log."""
     yield
-    assert not [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.ERROR]
+    assert not [r.getMessage() for r in heard.get_records("call") if r.levelno >= logging.ERROR]
 
 
 class InProcess:
