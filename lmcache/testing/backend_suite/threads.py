@@ -54,6 +54,8 @@ def watch_appearing(
                 there = got(reader, keys(n), SIZE)
                 assert there is not None, "an object was put and is not seen"
                 assert is_whole(there), "an object was put and is not whole"
+        # or a writer that is done before we have looked would prove nothing
+        assert got(reader, keys(ROUNDS - 1), SIZE) is not None, "an object was put and is not seen"
 
     at_once(write, read)
 
