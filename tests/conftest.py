@@ -22,6 +22,7 @@ def _helper(name: str) -> Any:
     return module
 
 
+_helper("ports")
 _helper("redis_server")
 _helper("s3_server")
 _helper("mooncake_server")

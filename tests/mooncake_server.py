@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from redis_server import free_port
+from ports import free_port
 
 POOL_BYTES = 64 << 20
 HOST = "127.0.0.1"

@@ -11,17 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 PROGRAM = shutil.which("redis-server") or shutil.which("valkey-server")
 needs_server = pytest.mark.skipif(
     PROGRAM is None, reason="neither redis-server nor valkey-server is installed"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 class RedisServer:
@@ -32,8 +27,7 @@ class RedisServer:
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         for attempt in range(5):  # somebody else may have been given the port meanwhile
-            # a cluster's servers talk at a port that is 10,000 higher
-            self.port = next(port for _ in range(1000) if (port := free_port()) < 55_000)
+            self.port = free_port()
             try:
                 self.start()
             except AssertionError:

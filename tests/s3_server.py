@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from functools import reduce
 from pathlib import Path
 
 import pytest
+from ports import free_ports
 
 PROGRAM = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
 needs_s3 = pytest.mark.skipif(PROGRAM is None, reason="SeaweedFS is not installed")
@@ -28,14 +28,6 @@ BUCKET = "things"
 DOMAIN = "store.test"
 """The server answers for each bucket as `bucket.store.test`, too."""
 PARTS = ("s3", "filer", "master", "volume")
-
-
-def free_ports(count: int) -> list[int]:
-    socks = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in socks]
-    for sock in socks:
-        sock.close()
-    return ports
 
 
 class S3Server:

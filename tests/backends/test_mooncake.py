@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from mooncake_server import POOL_BYTES, WHY_NOT, Contributor, Master, needs_mooncake
-from redis_server import free_port
+from ports import free_port
 
 from lmcache.backends.mooncake import MooncakeBackend, from_url, lmcache_backends
 from lmcache.backends.mooncake_child import CHECKSUM, LANES, Call

@@ -10,7 +10,8 @@ import threading
 import time
 
 import pytest
-from redis_server import RedisServer, free_port, needs_server
+from ports import free_port
+from redis_server import RedisServer, needs_server
 
 from lmcache.backends.redis import LARGEST, RedisBackend, lmcache_backends
 from lmcache.core.errors import BackendClosed, BackendError, ConfigError

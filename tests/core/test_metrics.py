@@ -11,6 +11,7 @@ from collections import Counter
 
 import pytest
 import rig
+from ports import free_port
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -177,12 +178,6 @@ class TestCollector:
         text = generate_latest(registry).decode()
         types = [line for line in text.splitlines() if line.startswith("# TYPE")]
         assert len(types) == len(set(types)), "or Prometheus refuses the whole page"
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 class TestExporter:

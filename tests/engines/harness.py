@@ -93,14 +93,6 @@ def story(number: int, tokens: int) -> str:
     return "".join(lines) + "In short, the keeper was"
 
 
-def free_port() -> int:
-    """A port that nobody has at the moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 # --- the parent's half ----------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 
-from harness import free_port
+from ports import free_port
 
 READY_S = 20
 ATTACHED_S = 5.0

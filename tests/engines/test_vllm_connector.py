@@ -13,7 +13,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from harness import free_port, story
+from harness import story
+from ports import free_port
 
 pytestmark = pytest.mark.engine
 

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import free_port, story
+from harness import story
+from ports import free_port
 from served import ATTACHED_S, ask
 
 pytestmark = pytest.mark.engine

@@ -22,7 +22,7 @@ from typing import Any
 
 from group import Group
 from launch import Launch
-from s3_server import free_ports
+from ports import free_port
 
 READY_S = 240.0
 ENDED_S = 30.0
@@ -54,7 +54,7 @@ class Sglang:
         """`options` are those of `Launch`."""
         launch = Launch(version=version, **options)
         self.version = version
-        [self.port] = free_ports(1)
+        self.port = free_port()
         self._log = log
         # SGLang leaves its sockets there
         self._temporary = log.with_suffix(".tmp")

@@ -175,6 +175,17 @@ class Copies(Queue):
         return iter(list(self.order))
 
 
+class RenewsTheLastOnly(Queue):
+    """Of many uses at once."""
+
+    def touch(self, entry):
+        self.order.move_to_end(entry)
+
+    def touch_all(self, entries):
+        for entry in list(entries)[-1:]:
+            self.touch(entry)
+
+
 class HoldsOnToTheUsed(Queue):
     """Lets go of nobody who was ever used."""
 
@@ -203,6 +214,7 @@ BROKEN = {
     BuriesEntries: "test_an_entry_is_used_again_under_another_key",
     RevivesTheOldEntry: "test_a_key_returns_under_another_entry",
     TouchedTwiceIsLost: "test_touching_brings_nobody_in_or_out",
+    RenewsTheLastOnly: "test_many_uses_at_once_are_uses_in_turn",
     SharesItsQueue: "test_policies_share_nothing",
     Searches: "test_the_first_victim_is_found_without_a_search",
     Copies: "test_the_first_victim_is_found_without_a_copy",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import rig
 import torch
 from pool import MODEL, Pool, finish, forward, mapping, match, tokens
+from ports import free_port
 
 from lmcache.adapters.sglang import translate
 from lmcache.adapters.sglang.settings import load_settings
@@ -291,9 +291,7 @@ class TestRanks:
 
     def test_two_processes_agree(self, settings):
         """Real ranks: one of them has lost its chunks, so none of them loads."""
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = str(sock.getsockname()[1])
+        port = str(free_port())
         ranks = [
             subprocess.Popen(
                 [sys.executable, str(HERE / "rank.py"), str(rank), port, settings()],
