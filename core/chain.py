@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from lmcache.core.keys import next_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from lmcache.core.keys import ChunkKey, Insert
 
@@ -49,15 +50,15 @@ class KeyChain:
             keys.append(self._next(at, self.chunk_tokens))
         return keys[chunk + 1]
 
-    def full(self, stop: int, first: int = 0) -> Iterator[ChunkKey]:
+    def full(self, stop: int, first: int = 0) -> Iterable[ChunkKey]:
         """The keys of full chunks from number `first` on before token position `stop`.
 
         Each is computed when it is taken.
         """
         count = stop // self.chunk_tokens
-        yield from self._keys[first + 1 : count + 1]
-        for chunk in range(max(first, len(self._keys) - 1), count):
-            yield self.key(chunk)
+        known = self._keys[first + 1 : count + 1]
+        coming = range(max(first, len(self._keys) - 1), count)
+        return chain(known, map(self.key, coming)) if coming else known
 
     def has_keys(self, stop: int) -> bool:
         """Whether the keys of all full chunks before token position `stop` are computed."""

@@ -7,6 +7,7 @@ more than the chunks are worth.
 from __future__ import annotations
 
 from array import array
+from contextlib import suppress
 from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,8 +68,10 @@ class Index:
 
     def leading(self, keys: Iterable[ChunkKey]) -> list[int]:
         """The entries of `keys`, up to the first that is absent. Safe without a lock, as a hint."""
-        found = map(self._entry_of.get, keys)  # a key is computed when it is its turn
-        return list(iter(found.__next__, None))
+        entries: list[int] = []
+        with suppress(KeyError):  # a key is computed when it is its turn
+            entries.extend(map(self._entry_of.__getitem__, keys))
+        return entries
 
     def add(self, slot: Slot, *, lacking: int = ALL) -> int:
         """Record a complete slot and return its entry."""

@@ -83,7 +83,7 @@ class Lookups:
         number = self._begin(question, brief=not self._about.has_tiers)
         is_so = False
         try:
-            is_so = self._told.confirm(question.chain)
+            is_so = self._told.confirm(question.chain, question.stop)
         finally:
             if not is_so:  # the lease that it brings is given back
                 self._link.end(number)

@@ -30,6 +30,8 @@ class _Told:
     def __init__(self, number: int, tokens: array[int], *, guessed: bool = False) -> None:
         self.number = number
         self.tokens = tokens
+        self.ahead = tokens
+        """These and more, to be told when the server asks for them."""
         self.guessed = guessed
 
 
@@ -60,14 +62,20 @@ class Told:
         at = len(told.tokens)
         if at >= stop or brief:
             return told.number, None
-        told.tokens = _grown(told.tokens, chain.tokens, stop)
+        told.tokens = _grown(told.ahead, chain.tokens, stop)
+        if len(told.ahead) < stop:
+            told.ahead = told.tokens
         self._remember(chain, told)
         return told.number, _more(chain, told.tokens, at)
 
-    def confirm(self, chain: KeyChain) -> bool:
-        """Whether what was told is so; if not, none of it counts as told."""
+    def confirm(self, chain: KeyChain, stop: int) -> bool:
+        """Whether what was told is so; if not, none of it counts as told.
+
+        If not all of the first `stop` tokens were, they are made ready to be.
+        """
         told = self._of[chain]
         if not told.guessed:
+            told.ahead = _grown(told.ahead, chain.tokens, stop)
             return True
         if _packed(chain.tokens, 0, len(told.tokens)) != told.tokens:
             del self._of[chain]
@@ -149,7 +157,9 @@ def _packed(tokens: Sequence[int], start: int, stop: int) -> array[int]:
 
 
 def _grown(packed: array[int], tokens: Sequence[int], stop: int) -> array[int]:
-    """Not in place: what is being sent may still be read."""
+    """The first `stop` tokens. Not in place: what is being sent may still be read."""
+    if len(packed) >= stop:
+        return packed if len(packed) == stop else packed[:stop]
     if 2 * len(packed) < stop <= len(tokens):  # to join them costs more than all of it
         return _packed(tokens, 0, stop)
     return packed + _packed(tokens, len(packed), stop)

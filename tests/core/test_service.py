@@ -372,6 +372,20 @@ class TestSharing:
         _, second = engine.client._told.tell(chain, 4 * CHUNK)
         assert bytes(first.tokens) + bytes(second.tokens) == array("I", sequence).tobytes()
 
+    def test_what_was_made_ready_is_told_as_far_as_asked(self, house, join, monkeypatch):
+        monkeypatch.setattr(told, "BEGINNING", CHUNK)
+        told_of, sequence = join(house).client._told, rig.tokens(5 * CHUNK)
+        chain = rig.chain(list(sequence))
+        _, first = told_of.tell(chain, 3 * CHUNK, brief=True)
+        assert told_of.confirm(chain, 3 * CHUNK)
+        chain.tokens.extend(rig.tokens(CHUNK, 2))
+        said = [
+            first,
+            *(told_of.tell(chain, stop)[1] for stop in (2 * CHUNK, 3 * CHUNK, 6 * CHUNK)),
+        ]
+        assert [more.at for more in said] == [0, CHUNK, 2 * CHUNK, 3 * CHUNK]
+        assert b"".join(more.tokens for more in said) == array("I", chain.tokens).tobytes()
+
     def test_what_grows_is_counted_as_it_is(self, house, join, monkeypatch):
         engine = join(house)
         memo = engine.client._told._memo
@@ -429,6 +443,7 @@ class TestSharing:
         """Prompts that share stretches, grow, end, and differ in salts and inserts."""
         monkeypatch.setattr(memo_module, "SEQUENCES", 3)
         monkeypatch.setattr(told, "SAMPLES", 2)
+        monkeypatch.setattr(told, "BEGINNING", CHUNK if seed % 2 else told.BEGINNING)
         rng = random.Random(seed)
         engine, live = join(house), []
         for turn in range(100):
