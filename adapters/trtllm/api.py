@@ -17,7 +17,10 @@ except ImportError:  # before 1.3
     )
 
 TELLS_OF_CANCELS = hasattr(KvCacheConnectorScheduler, "request_reset")
-"""Whether a connector is told of requests that are cancelled; else some just stay away."""
+"""Whether a connector is told of requests that are cancelled; else some just stay away.
+
+Where it is, a request that is cancelled keeps its blocks until its load is over.
+"""
 
 
 def rank() -> int:

@@ -41,6 +41,9 @@ def _no_tokens() -> tuple[int, bool]:
 class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
     """On the leader alone."""
 
+    LOADS_OUTSIDE = False
+    """Whether requests wait for their loads outside the batch, where they can: see `api`."""
+
     def __init__(self, llm_args: Any) -> None:
         """Raises `ConfigError` for what cannot be cached, or cannot be configured so."""
         super().__init__(llm_args)
@@ -56,6 +59,7 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
             lambda: self._join(engine_id, settings, namespace),
             page_tokens=page_tokens_of(llm_args),
             tells_of_cancels=api.TELLS_OF_CANCELS,
+            outside=self.LOADS_OUTSIDE and api.TELLS_OF_CANCELS,
         )
         LIVE.add(self)
 
@@ -70,20 +74,22 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int, bool]:
-        """Tokens that will be loaded beyond TensorRT-LLM's own, before the pass."""
-        return self._scheduler.matched_tokens(request, num_computed_tokens), False
+        """Tokens that will be loaded beyond TensorRT-LLM's own; whether outside the batch."""
+        return self._scheduler.matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, block_ids: list[int]) -> None:
-        """How long it may run. Which blocks it has is said again when it does."""
+        """Which blocks it has, and how long it may run."""
         with self._wall("update_state_after_alloc"):
             most = getattr(request, "py_max_new_tokens", None)
-            self._scheduler.admitted(request.request_id, most)
+            self._scheduler.admitted(request.request_id, block_ids, most)
 
     def update_state_after_alloc_by_layer_group(
         self, request: Any, block_ids_by_layer_group: list[list[int]]
     ) -> None:
         """Likewise."""
-        self.update_state_after_alloc(request, [])
+        with self._wall("update_state_after_alloc_by_layer_group"):
+            [block_ids] = block_ids_by_layer_group
+            self.update_state_after_alloc(request, block_ids)
 
     def build_connector_meta(self, scheduler_output: Any) -> Step | None:
         """What every rank copies with the pass that follows."""
@@ -198,12 +204,13 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
     def get_finished(
         self, finished_gen_req_ids: Sequence[int], started_loading_req_ids: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """No load outlasts its pass, and no blocks are kept for stores.
+        """No blocks are kept for stores; loads outside the batch are told of when they are over.
 
-        Gives up a step whose `wait_for_save` never came, as its pass has failed.
+        Gives up a step whose `wait_for_save` never came, as its pass has failed. Raises
+        `RuntimeError` for a load that failed, as `start_load_kv` does.
         """
         self._abandon()
-        return list(finished_gen_req_ids), list(started_loading_req_ids)
+        return list(finished_gen_req_ids), self._worker.loaded(started_loading_req_ids)
 
     @guarded(nothing)
     def _abandon(self) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class LMCacheMPKvConnectorScheduler(SchedulerHooks):
     """Asks the server, for all ranks of one node."""
 
+    LOADS_OUTSIDE = True
+
     def _join(self, engine_id: str, settings: Settings, namespace: Namespace) -> Joining[Any]:
         loaded = settings.loaded
         place = Place(

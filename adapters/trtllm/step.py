@@ -21,6 +21,10 @@ class Step:
     """Of the step in that attachment; 0 if nobody waits for its end."""
     loads: list[tuple[int, list[Move]]] = field(default_factory=list)
     """What TensorRT-LLM counts on, by the attachment that holds it, which may have ended."""
+    outside: list[tuple[int, int, list[Move]]] = field(default_factory=list)
+    """Likewise for requests, named first, that wait for it outside the batch."""
+    excused: list[int] = field(default_factory=list)
+    """Requests that may wait so for nothing, as none of what they were promised was wanted."""
     stores: list[tuple[int, list[Move]]] = field(default_factory=list)
     """By request."""
     urgent: list[int] = field(default_factory=list)
@@ -45,6 +49,16 @@ class Draft:
     def load(self, cache: CacheClient, hit: Hit, moves: list[Move]) -> None:
         """Have a hit of `cache`, which may have ended, loaded."""
         self.step.loads.append((cache.number, moves))
+        self._take(cache, hit)
+
+    def load_outside(
+        self, request_id: int, cache: CacheClient, hit: Hit, moves: list[Move]
+    ) -> None:
+        """Likewise, for a request that is in no pass before."""
+        self.step.outside.append((request_id, cache.number, moves))
+        self._take(cache, hit)
+
+    def _take(self, cache: CacheClient, hit: Hit) -> None:
         if cache is self.cache:
             self._hits.append(hit)
 
@@ -58,7 +72,8 @@ class Draft:
             self.step.attachment = self.cache.number
             self.step.number = self.cache.depart(self._slots, self._hits)
         step = self.step
-        says = step.number or step.loads or step.broken or step.running or step.gone
+        loads = step.loads or step.outside or step.excused
+        says = step.number or loads or step.broken or step.running or step.gone
         return step if says else None
 
     def cancel(self) -> None:

@@ -1,10 +1,15 @@
-"""Where the pages are: every rank of TensorRT-LLM. On its executor's thread, but for stores."""
+"""Where the pages are: every rank of TensorRT-LLM.
+
+On its executor's thread, but for stores and for loads outside the batch.
+"""
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lmcache.adapters.trtllm.outside import OutsideLoads
 from lmcache.adapters.trtllm.stores import Copy, Stores
 from lmcache.core.errors import LayoutError
 from lmcache.core.grants import Grants
@@ -12,12 +17,13 @@ from lmcache.core.log import init_logger, log_copies
 from lmcache.core.selfcheck import check_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
 
     from lmcache.adapters.trtllm.step import Step
     from lmcache.core.grants import Granted
+    from lmcache.core.kernels.staging import Event
     from lmcache.core.layout import PageLayout
     from lmcache.core.mover import Move
 
@@ -34,6 +40,9 @@ class Worker:
     def __init__(self) -> None:
         self._grants = Grants(keeps_s=PROMISE_S)
         self._stores = Stores()
+        self._outside = OutsideLoads()
+        self._is_idle = True
+        """Whether there was nothing to begin since it was last asked what has ended."""
         self._device: torch.device | None = None
         self._step: Step | None = None
         """The one whose pass is under way."""
@@ -57,15 +66,22 @@ class Worker:
         from what is not there.
         """
         self.finish(None)
+        self._is_idle = False
         self._grants.take_back()
         if step is None:
             return
         self._stores.drop(step.gone)
         self._step, self._now = step, self._grants.current(step.attachment)
         if self._now and step.number:
-            self._now.progress.begin(step.number, 1 + len(step.stores))
+            parts = 1 + len(step.stores) + len(step.outside)
+            self._now.progress.begin(step.number, parts)
         if step.broken:
             raise RuntimeError(step.broken)
+        self._outside.excuse(step.excused)
+        for request_id, attachment, moves in step.outside:
+            granted, after = self._holder(attachment), stream.record_event()
+            load = partial(self._load_outside, granted, moves, after, self._now, step.number)
+            self._outside.submit(request_id, load)
         if step.loads:
             self._follow(stream)
             self._load(step)
@@ -96,10 +112,20 @@ class Worker:
                     now.progress.end(step.number)
         self._stores.settle(step.urgent)
 
+    def loaded(self, named: Iterable[int]) -> list[int]:
+        """The requests, of those that are or were named, whose loads outside the batch are over.
+
+        Raises `RuntimeError` if one has failed, for the reason that `begin` does.
+        """
+        ended = self._outside.take_ended(named, is_idle=self._is_idle)
+        self._is_idle = True
+        return ended
+
     def close(self) -> None:
         """Stop listening, and unmap the slab."""
         self._step = self._now = None
         self._grants.leave()
+        self._outside.close()
         self._stores.close()
         self._grants.close()
 
@@ -108,15 +134,32 @@ class Worker:
     def _load(self, step: Step) -> None:
         started, size, tokens = time.perf_counter(), 0, 0
         for attachment, moves in step.loads:
-            granted = self._grants.current(attachment) or self._grants.kept(attachment)
-            if granted is None:
-                raise RuntimeError("the cache is gone with blocks that TensorRT-LLM was promised")
-            copied, failed = granted.mover.load(moves, None, granted.mover.mark())
-            if failed:
-                raise RuntimeError(f"{len(failed)} chunks that were promised cannot be loaded")
-            size += copied
+            granted = self._holder(attachment)
+            size += _load_all(granted, moves, granted.mover.mark())
             tokens += self._tokens(moves)
         log_copies(logger, f"Retrieved {tokens} tokens", size, time.perf_counter() - started)
+
+    def _load_outside(
+        self, holder: Granted, moves: list[Move], after: Event, now: Granted | None, number: int
+    ) -> None:
+        """Load, on a thread, as a part of step `number` of `now`."""
+        try:
+            if self._is_on_host:
+                after.synchronize()
+            started = time.perf_counter()
+            size = _load_all(holder, moves, None if self._is_on_host else after)
+            what = f"Retrieved {self._tokens(moves)} tokens outside the batch"
+            log_copies(logger, what, size, time.perf_counter() - started)
+        finally:
+            if now and number:
+                now.progress.end(number)
+
+    def _holder(self, attachment: int) -> Granted:
+        """Who has what this attachment promised."""
+        granted = self._grants.current(attachment) or self._grants.kept(attachment)
+        if granted is None:
+            raise RuntimeError("the cache is gone with blocks that TensorRT-LLM was promised")
+        return granted
 
     def _follow(self, stream: Any) -> None:
         """Have the loads that follow wait for what is queued on `stream`."""
@@ -141,3 +184,10 @@ class Worker:
     def _tokens(self, moves: Sequence[Move]) -> int:
         assert self._grants.layout
         return sum(len(move.engine_pages) for move in moves) * self._grants.layout.page_tokens
+
+
+def _load_all(granted: Granted, moves: list[Move], after: Event | None) -> int:
+    size, failed = granted.mover.load(moves, None, after)
+    if failed:
+        raise RuntimeError(f"{len(failed)} chunks that were promised cannot be loaded")
+    return size

@@ -88,6 +88,7 @@ class Admission:
         if request.use is not None and request.use < request.found:
             start, end = (request.matched + more for more in (request.use, request.found))
             request.found = request.use
+            request.later &= request.found > 0 or self.options.waits_for_nothing
             self.manager.cancel_load(request, python, start, end)
         request.position = request.matched + request.found
         self._shrink(each)

@@ -6,6 +6,7 @@ import time
 
 import minimal
 import tensorrt_llm._utils
+import torch
 from fake_stream import FakeStream
 from minimal import CHOICES, STORE, Job, Scheduler, Worker
 from standin_api import Groups
@@ -52,6 +53,30 @@ class LooksAtRankZero(Scheduler):
     def promise(self, request_id, state, length):
         hits = STORE.hits(self.keys(state), [(0, 0)]) * CHOICES.chunk
         return min(hits, (length - 1) // self.bs * self.bs)
+
+
+class TakesComingForAbsent(Scheduler):
+    """It asks slower tiers, and does not wait for them."""
+
+    @staticmethod
+    def fetch(keys):
+        STORE.fetch(keys)
+
+
+class NeedsAnAddress(Scheduler):
+    """Where no version before 1.3 has one."""
+
+    def __init__(self, llm_args):
+        super().__init__(llm_args)
+        self.address = llm_args.kv_connector_config.server_url
+
+
+class KeysByPath(Scheduler):
+    """A model is what its folder is called on this host."""
+
+    def __init__(self, llm_args):
+        super().__init__(llm_args)
+        self.identity_of = lambda request: (llm_args.model, *minimal.identity_of(request))
 
 
 class LoadsFromTheStart(Scheduler):
@@ -108,6 +133,24 @@ class SendsEverything(Scheduler):
 class SendsAThread(Scheduler):
     def build_connector_meta(self, scheduler_output):
         return [], [], lambda: None
+
+
+class TakesKeysAndValues(Worker):
+    """For granted, as the configuration of a model has heads of both."""
+
+    def register_kv_caches(self, kv_cache_tensor):
+        super().register_kv_caches(kv_cache_tensor)
+        self.groups = [[kv_cache_tensor[:, :, n].flatten(1) for n in range(2)]]
+
+
+class ExportsItsPool(Worker):
+    """To another process, as memory that torch has allocated."""
+
+    def register_kv_caches(self, kv_cache_tensor):
+        kv_cache_tensor.untyped_storage()._share_cuda_()
+
+    def register_kv_cache_layout(self, layout):
+        layout.groups[0].regions[0].as_tensor(torch.uint8).untyped_storage()._share_cuda_()
 
 
 class LoadsAgain(Worker):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict
+
+WAKES_S = 0.01
+"""What a slower tier takes."""
 
 
 class Store:
@@ -13,6 +17,8 @@ class Store:
         self.chunks = {}
         self.shards = set()
         """Every rank's every group: a chunk is there when all of them have it."""
+        self._asleep = {}
+        """What is in a slower tier, and when it will be here if that is under way."""
         self._pins = defaultdict(set)
         self._lock = threading.Lock()
 
@@ -28,10 +34,29 @@ class Store:
         """How many chunks of a prefix all shards have."""
         count = 0
         for key in keys:
-            if not all((*shard, key) in self.chunks for shard in shards or self.shards):
+            if not all(self._is_here((*shard, key)) for shard in shards or self.shards):
                 break
             count += 1
         return count
+
+    def doze(self):
+        """Have all there is in a slower tier only."""
+        with self._lock:
+            self._asleep = dict.fromkeys(self.chunks)
+
+    def fetch(self, keys):
+        """Begin to bring what is in a slower tier; whether some of it is still to come."""
+        now, coming = time.monotonic(), False
+        with self._lock:
+            for name in [name for name in self._asleep if name[-1] in set(keys)]:
+                due = self._asleep[name] = self._asleep[name] or now + WAKES_S
+                coming |= now < due
+                if now >= due:
+                    del self._asleep[name]
+        return coming
+
+    def _is_here(self, name):
+        return name in self.chunks and name not in self._asleep
 
     def pin(self, holder, keys):
         """Keep what is there of a prefix until all shards let go; how many chunks that is."""

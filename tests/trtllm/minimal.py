@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -100,8 +101,15 @@ class Scheduler(KvCacheConnectorScheduler):
         return state.end - device, state.later and state.end > device
 
     def promise(self, request_id, state, length):
+        self.fetch(self.keys(state))
         hits = STORE.pin(request_id, self.keys(state)) * CHOICES.chunk
         return min(hits, (length - 1) // self.bs * self.bs)
+
+    @staticmethod
+    def fetch(keys):
+        """Wait for slower tiers."""
+        while STORE.fetch(keys):
+            time.sleep(0.001)
 
     def keys(self, state):
         """Of all whole chunks of what is known."""

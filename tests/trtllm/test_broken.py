@@ -301,6 +301,45 @@ def test_a_failed_load_is_told_too_late(profile):
             engine.step()
 
 
+# --- what it takes for granted
+
+
+@only("v1_1", "v1_2")
+def test_an_address_that_is_not_there(profile):
+    with pytest.raises(AttributeError, match="server_url"):
+        Engine(profile, broken("NeedsAnAddress"))
+
+
+@only(*ALL[:-1])
+def test_a_pool_without_values(profile):
+    with pytest.raises(ExecutorDied, match="register: .*out of bounds"):
+        Engine(profile, broken(worker="TakesKeysAndValues"), kv=1)
+
+
+def test_a_pool_that_cannot_be_exported(profile):
+    with pytest.raises(ExecutorDied, match="register: "):
+        Engine(profile, broken(worker="ExportsItsPool"))
+
+
+@on(("scheduler", "found"), [("Scheduler", 128), ("TakesComingForAbsent", 0)])
+def test_a_slower_tier(profile, scheduler, found):
+    with seeded(profile, broken(scheduler), prompt(130)) as engine:
+        sys.modules["minimal"].STORE.doze()
+        engine.submit(prompt(130))
+        engine.run()
+        assert queries(engine)[-1] == (0, found)
+
+
+@on(("scheduler", "found"), [("Scheduler", 128), ("KeysByPath", 0)])
+def test_a_model_in_another_folder(profile, scheduler, found):
+    with seeded(profile, broken(scheduler), prompt(130), args={"model": "/one/tiny"}):
+        pass
+    with Engine(profile, broken(scheduler), args={"model": "/other/tiny"}) as engine:
+        engine.submit(prompt(130))
+        engine.run()
+        assert queries(engine) == [(0, found)]
+
+
 # --- manners
 
 

@@ -120,7 +120,7 @@ class TestWhatIsStored:
         with start() as engine:
             found(engine, prompt(130))
             scheduler = engine.leader._scheduler
-            assert scheduler.matched_tokens(native(5, prompt(130), **{name: 1}), 0) == 0
+            assert scheduler.matched_tokens(native(5, prompt(130), **{name: 1}), 0) == (0, False)
             assert not scheduler._tracked
 
     def test_an_adapter_is_its_engines(self, start, tmp_path):
@@ -286,7 +286,7 @@ class TestPromises:
             engine.leader.errors = 3
             scheduler = engine.leader._scheduler
             request = native(5, prompt(130))
-            assert scheduler.matched_tokens(request, 0) == 128
+            assert scheduler.matched_tokens(request, 0) == (128, False)
             engine.leader.request_finished(request, [])
             assert not scheduler._tracked
 
@@ -315,7 +315,7 @@ class TestPromises:
         with Engine(main_v2, in_process(monkeypatch, PIN_TIMEOUT_SEC="1")) as engine:
             found(engine, prompt(130))
             scheduler = engine.leader._scheduler
-            assert scheduler.matched_tokens(native(5, prompt(130)), 0) == 128
+            assert scheduler.matched_tokens(native(5, prompt(130)), 0) == (128, False)
             assert scheduler.build(output()) is None
             assert scheduler._tracked
             scheduler._tracked[5].since -= 2
@@ -330,7 +330,7 @@ class TestPromises:
         with start() as engine:
             found(engine, prompt(130))
             scheduler = engine.leader._scheduler
-            assert scheduler.matched_tokens(native(5, prompt(130)), 0) == 128
+            assert scheduler.matched_tokens(native(5, prompt(130)), 0) == (128, False)
             scheduler.give_up(5, start_, end)
             step = scheduler.build(output(5, blocks=5, position=0))
             moves = [move for _, moves in step.loads for move in moves] if step else []
@@ -343,7 +343,7 @@ class TestPromises:
         with start() as engine:
             found(engine, prompt(130))
             scheduler = engine.leader._scheduler
-            assert scheduler.matched_tokens(native(5, prompt(130)), 0) == 128
+            assert scheduler.matched_tokens(native(5, prompt(130)), 0) == (128, False)
             assert "3 blocks" in scheduler.build(output(5, blocks=3, position=0)).broken
             engine.abandon()
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import sys
 
 import pytest
-import standin
 from driver import Engine, prompt
 from judge import ExecutorDied
 from plug import Plug
-from suite import ConnectorSuite, DescribedSuite, ExactSuite, Version2Suite, queries, reports
+from suite import (
+    ConnectorSuite,
+    DescribedSuite,
+    ExactSuite,
+    OutsideSuite,
+    Version2Suite,
+    polls,
+    queries,
+)
 
 IDS = (7_000_001, 7_007_920)
 
@@ -17,10 +24,6 @@ IDS = (7_000_001, 7_007_920)
 @pytest.fixture
 def plug(profile):
     return Plug("minimal")
-
-
-def polls(engine, rank=0):
-    return [call[1:] for call in engine.ranks[rank].manager.trace.of("get_finished")]
 
 
 class TestMinimal(ConnectorSuite):
@@ -128,79 +131,10 @@ class TestLaterSaves:
             assert [call[-1] for call in engine.trace.of("finished")] == [False]
 
 
-class TestLaterLoads:
-    """G: where a cancelled request keeps its blocks until its load is over."""
-
-    @pytest.fixture(params=["main_v1", "main_v2"])
-    def profile(self, request):
-        with standin.installed(request.param) as profile:
-            yield profile
-
-    @pytest.fixture
-    def engine(self, profile, plug, choose):
-        """An engine whose cache has 128 tokens, and will load them later."""
-        with Engine(profile, plug) as engine:
-            engine.submit(prompt(130))
-            engine.run()
-            engine.forget()
-            choose(loads_later=True)
-            engine.clear()
-            yield engine
-
-    def test_a_request_runs_when_its_load_is_over(self, engine):
-        request = engine.submit(prompt(160))
-        engine.step()
-        assert [call[:2] for call in engine.trace.without("update")] == [
-            ("query", request.id),
-            ("meta", []),
-            ("load",),
-            ("get_finished", []),
-        ]
-        assert engine.trace.of("query") == [("query", request.id, 0, 128, True)]
-        engine.step(2)
-        assert polls(engine) == [
-            ([], [request.id], [], []),
-            ([], [], [], []),
-            ([], [], [], [request.id]),
-        ]
-        engine.clear()
-        engine.run()
-        assert reports(engine) == [("new", 160, 5, 128, 32)]
-        assert engine.trace.count("query") == engine.trace.count("update") == 0
-        engine.audit()
-
-    def test_others_run_meanwhile(self, engine):
-        engine.submit(prompt(100, seed=2), new_tokens=4)
-        engine.submit(prompt(160))
-        engine.run()
-        assert reports(engine)[0] == ("new", 100, 4, 0, 100)
-        assert reports(engine)[2:4] == [("new", 160, 5, 128, 32), ("cached", 1, 0, 101, 1)]
-        engine.audit()
-
-    def test_a_cancelled_load_ends_before_its_blocks_are_freed(self, engine):
-        request = engine.submit(prompt(160))
-        engine.step()
-        engine.cancel(request)
-        loaded_at = []
-        engine.hooks.polling = lambda executor: loaded_at.append(bool(executor.requests))
-        engine.run()
-        assert loaded_at == [True, True]
-        assert engine.trace.count("save") == 0
-        assert engine.trace.count("finished") == 1
-        engine.audit()
-
-    def test_a_prefill_in_chunks_follows(self, profile, plug, choose):
-        with Engine(profile, plug, chunked=True, max_num_tokens=64) as engine:
-            engine.submit(prompt(130))
-            engine.run()
-            engine.forget()
-            choose(loads_later=True)
-            engine.clear()
-            engine.submit(prompt(256))
-            engine.run()
-            first, more = (6, 2) if profile.layouts else (8, 0)
-            assert reports(engine) == [("new", 256, first, 128, 64), ("cached", 0, more, 192, 64)]
-            engine.audit()
+class TestMinimalOutside(OutsideSuite):
+    @pytest.fixture(autouse=True)
+    def loads_later(self, choose):
+        choose(loads_later=True)
 
 
 class TestRanks:

@@ -7,7 +7,7 @@ import logging
 import pytest
 from driver import Engine
 from ours import in_process, with_server
-from suite import ConnectorSuite, DescribedSuite, ExactSuite, Version2Suite
+from suite import ConnectorSuite, DescribedSuite, ExactSuite, OutsideSuite, Version2Suite
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,10 @@ class TestInProcessVersion2(InProcess, Version2Suite):
 
 
 class TestWithServer(WithServer, ConnectorSuite):
+    pass
+
+
+class TestWithServerOutside(WithServer, OutsideSuite):
     pass
 
 

@@ -35,6 +35,8 @@ class Options:
     """The window of each group of layers; more than one with version 2 only."""
     saves_later: bool = False
     """No save may wait for the pass that it is of."""
+    waits_for_nothing: bool = False
+    """Who was offered something outside the batch waits for it, though none of it was wanted."""
     limit_s: float = 5.0
     """How long a call may take."""
     patience_s: float = 10.0

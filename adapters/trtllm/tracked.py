@@ -1,0 +1,55 @@
+"""What the leader knows of one request."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmcache.core.chain import KeyChain
+    from lmcache.core.client import CacheClient
+    from lmcache.core.decider import Hit
+
+
+@dataclass
+class Tracked:
+    """A request that may still be loaded or stored."""
+
+    cache: CacheClient
+    chain: KeyChain
+    """Of its prompt, and of what it generates if that is stored too."""
+    prompt: int
+    """Tokens of the prompt."""
+    local: int
+    """Tokens that TensorRT-LLM has itself."""
+    stop: int
+    """Up to which token it was promised to have; `local` for nothing."""
+    hit: Hit | None = None
+    answer: int = 1
+    """Tokens that it may generate; as few as that if nobody says."""
+    done: int = 0
+    """Up to which token nothing need be stored."""
+    sure: int = 0
+    """The same, without what is lost if it is in no later pass."""
+    blocks: list[int] = field(default_factory=list)
+    has_begun: bool = False
+    waits: bool = False
+    """Whether TensorRT-LLM was told that it has to wait for what it is promised."""
+    is_parked: bool = False
+    """Whether it does so, and has not run since."""
+    seen: int = 0
+    """The number of the pass it was last in, or before which it was asked about."""
+    since: float = field(default_factory=time.monotonic)
+    """When it was asked about."""
+
+    def may_end(self, valid: int) -> bool:
+        """Whether a pass may be the last that knows the first `valid` tokens when it begins."""
+        # with TensorRT-LLM's overlap scheduler a pass knows one less than there are
+        said = valid - self.prompt + (1 if valid == self.prompt else 2)
+        return valid >= self.prompt and said >= self.answer
+
+    @property
+    def promised(self) -> int:
+        """Tokens that TensorRT-LLM counts on, and that have not been loaded yet."""
+        return 0 if self.has_begun else self.stop - self.local
