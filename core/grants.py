@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +30,8 @@ logger = init_logger(__name__)
 
 LEAVE_S = 1.0
 """How long a process that wants its memory back is kept waiting for what it has promised."""
+OWED_S = 0.01
+"""How often we look whether that is still being loaded."""
 
 
 class Progress:
@@ -71,16 +74,23 @@ class Grants:
     """Waits, on a thread of its own, for whoever schedules. All else is for the main thread."""
 
     def __init__(
-        self, *, lends: bool = False, deadline_s: float = 1.0, keeps_s: float = 0.0
+        self,
+        *,
+        lends: bool = False,
+        deadline_s: float = 1.0,
+        keeps_s: float = 0.0,
+        is_owed: Callable[[], bool] = lambda: False,
     ) -> None:
         """With `lends`, another process makes the copies.
 
         Each of them may take `deadline_s` and what its bytes take besides. With `keeps_s`, what
-        was granted by a process that has died is `kept` for so many seconds, and for `LEAVE_S` if
-        the process lives and waits for us.
+        was granted by a process that has died is `kept` for so many seconds. If the process lives
+        and waits for us, it is kept for `LEAVE_S`, and then while `is_owed` says that what was
+        promised is still being loaded, but no longer than that either.
         """
         self._lends = lends
         self._keeps_s = keeps_s
+        self._is_owed = is_owed
         self._kept: Granted | None = None
         self._is_over = threading.Event()
         self._deadline_s = deadline_s
@@ -234,7 +244,11 @@ class Grants:
             timer.daemon = True
             timer.start()
         else:  # nothing of it is anybody else's before this returns
+            deadline = time.monotonic() + self._keeps_s
             self._is_over.wait(LEAVE_S)
+            while self._is_owed() and time.monotonic() < deadline:
+                if self._is_over.wait(OWED_S):
+                    break
             self._forget(granted)
 
     def _forget(self, granted: Granted | None) -> None:

@@ -181,7 +181,7 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
             raise LayoutError(text)
 
     def start_load_kv(self, stream: Any) -> None:
-        """Load what the pass counts on.
+        """Load what the pass counts on, and begin what others wait for outside the batch.
 
         Raises `RuntimeError` if that cannot be: nothing else would keep TensorRT-LLM from answering
         from what is not there.

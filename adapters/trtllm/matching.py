@@ -60,7 +60,11 @@ class Matcher:
 
     def _find(self, tracked: Tracked, owner: str) -> None:
         """Lease what can be promised."""
-        hit = self._look_up(tracked, owner)
+        try:
+            hit = self._look_up(tracked, owner)
+        except BaseException:
+            tracked.cache.release(owner, None)
+            raise
         most = (tracked.prompt - 1) // self._page_tokens * self._page_tokens
         stop = min(hit.tokens, most) // self._page_tokens * self._page_tokens if hit else 0
         enough = stop - tracked.local >= max(1, self._config.min_retrieve_tokens)

@@ -41,7 +41,8 @@ class OutsideLoads:
         Raises what a load raised: its request was promised what is not there. Who has nothing else
         to do waits for a load, but not for long.
         """
-        excused, self._excused = sorted(self._excused.intersection(named)), set()
+        excused = sorted(self._excused.intersection(named) - self._loads.keys())
+        self._excused = set()
         self._awaited.update(set(named).difference(excused))
         if lost := self._awaited - self._loads.keys():
             raise RuntimeError(f"requests {sorted(lost)} wait for loads that never began")
@@ -54,9 +55,15 @@ class OutsideLoads:
             self._loads.pop(request_id).result()
         return excused + ended
 
-    def close(self) -> None:
-        """Drop what has not begun, and return when the load under way has ended."""
+    @property
+    def is_busy(self) -> bool:
+        """Whether a load has not ended. Any thread may ask."""
+        return len(self._pool) > 0
+
+    def stop(self) -> None:
+        """Drop what has not begun."""
         self._pool.close()
+
+    def join(self) -> None:
+        """After `stop`, return when the load under way has ended."""
         self._pool.join()
-        self._loads.clear()
-        self._awaited.clear()

@@ -59,7 +59,7 @@ class Scheduler:
         self._joining: Joining[Any] | None = None
         self._cache: CacheClient | None = None
         self._tracked: dict[int, Tracked] = {}
-        self._parked: list[int] = []
+        self._parked: dict[int, Tracked] = {}
         """Requests that have blocks, and wait for loads that no rank has been told of."""
         self._storing = Storing()
         self._void: deque[int] = deque(maxlen=UNSEEN)
@@ -103,13 +103,13 @@ class Scheduler:
         if most is not None:
             tracked.answer = most
         if tracked.waits:
-            tracked.blocks, tracked.is_parked = _pages(blocks), True
-            self._parked.append(request_id)
+            tracked.blocks = _pages(blocks)
+            self._parked[request_id] = tracked
 
     def give_up(self, request_id: int, start: int, end: int) -> None:
         """TensorRT-LLM will not use what it was promised of tokens `start` .. `end`."""
         tracked = self._tracked.get(request_id)
-        if tracked is None:
+        if tracked is None or start >= end:
             return
         if start <= tracked.local:
             tracked.local = max(tracked.local, min(end, tracked.stop))
@@ -121,6 +121,7 @@ class Scheduler:
     def forget(self, request_id: int) -> None:
         """A request has ended, or begins anew: its blocks may be another's now."""
         self._storing.lose(request_id)
+        self._parked.pop(request_id, None)
         tracked = self._tracked.pop(request_id, None)
         if tracked:
             self._let_go(request_id, tracked)
@@ -132,11 +133,10 @@ class Scheduler:
         draft = Draft(self._attached() if self._joining else None)
         self._passes += 1
         told = [data.request_id for data in (*output.new_requests, *output.cached_requests)]
-        parked, self._parked = self._parked, []
+        parked, self._parked = self._parked, {}
         try:
-            for request_id in parked:
-                if tracked := self._tracked.get(request_id):
-                    self._load_outside(draft, request_id, tracked)
+            for request_id, waiting in parked.items():
+                self._load_outside(draft, request_id, waiting)
             for data in output.new_requests:
                 self._begin(draft, data)
             for data in output.cached_requests:
@@ -163,9 +163,8 @@ class Scheduler:
 
     def owes(self, output: Any) -> bool:
         """Whether a request was promised something that this pass has to begin to load."""
-        requests = [*self._parked, *(data.request_id for data in output.new_requests)]
-        tracked = map(self._tracked.get, requests)
-        return any(each.promised for each in tracked if each)
+        new = (self._tracked.get(data.request_id) for data in output.new_requests)
+        return any(each.promised for each in (*new, *self._parked.values()) if each)
 
     def _begin(self, draft: Draft, data: Any) -> None:
         tracked = self._tracked.get(data.request_id)
@@ -176,15 +175,21 @@ class Scheduler:
         promised, tracked.blocks = tracked.promised, _pages(blocks_of(data))
         if promised:
             draft.load(*self._due(draft, data.request_id, tracked))
-        tracked.has_begun, tracked.is_parked = True, False
+        tracked.has_begun = True
         self._go_on(draft, tracked, data, data.computed_position + promised)
 
     def _load_outside(self, draft: Draft, request_id: int, tracked: Tracked) -> None:
-        """Its first pass will come when it has what it was promised, as if that were local."""
+        """Its first pass will come when it has what it was promised, as if that were local.
+
+        That pass computes what TensorRT-LLM has made no room for.
+        """
+        room = len(tracked.blocks) * self._page_tokens
+        tracked.stop = max(tracked.local, min(tracked.stop, room))
         if tracked.promised:
             draft.load_outside(request_id, *self._due(draft, request_id, tracked))
             tracked.local = tracked.stop
         else:
+            self._let_go(request_id, tracked)
             draft.step.excused.append(request_id)
 
     def _due(
@@ -240,7 +245,7 @@ class Scheduler:
         """The attachment as it is now. When it changes, only what was promised still counts."""
         cache = self._joining.current() if self._joining else None
         if cache is not self._cache:
-            self._tracked = {i: each for i, each in self._tracked.items() if each.promised}
+            self._tracked = {i: each for i, each in self._tracked.items() if each.is_awaited}
             self._cache = cache
         return cache
 
@@ -253,7 +258,7 @@ class Scheduler:
         """Forget requests that ended without a word."""
         too_old = time.monotonic() - self._config.pin_timeout_sec
         for request_id, tracked in list(self._tracked.items()):
-            if tracked.promised or tracked.is_parked:
+            if tracked.is_awaited:
                 if self._tells and tracked.since > too_old:
                     continue  # it waits for its turn
                 if tracked.promised:

@@ -22,7 +22,7 @@ class Tracked:
     prompt: int
     """Tokens of the prompt."""
     local: int
-    """Tokens that TensorRT-LLM has itself."""
+    """Tokens that TensorRT-LLM has itself, or will have when it runs."""
     stop: int
     """Up to which token it was promised to have; `local` for nothing."""
     hit: Hit | None = None
@@ -36,8 +36,6 @@ class Tracked:
     has_begun: bool = False
     waits: bool = False
     """Whether TensorRT-LLM was told that it has to wait for what it is promised."""
-    is_parked: bool = False
-    """Whether it does so, and has not run since."""
     seen: int = 0
     """The number of the pass it was last in, or before which it was asked about."""
     since: float = field(default_factory=time.monotonic)
@@ -51,5 +49,10 @@ class Tracked:
 
     @property
     def promised(self) -> int:
-        """Tokens that TensorRT-LLM counts on, and that have not been loaded yet."""
+        """Tokens that TensorRT-LLM counts on, and that no rank has been told to load yet."""
         return 0 if self.has_begun else self.stop - self.local
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it has not run yet, and must not be lost sight of until it does."""
+        return not self.has_begun and (self.waits or self.promised > 0)

@@ -38,11 +38,11 @@ class Worker:
     """Copies blocks as each step says."""
 
     def __init__(self) -> None:
-        self._grants = Grants(keeps_s=PROMISE_S)
         self._stores = Stores()
         self._outside = OutsideLoads()
+        self._grants = Grants(keeps_s=PROMISE_S, is_owed=lambda: self._outside.is_busy)
         self._is_idle = True
-        """Whether there was nothing to begin since it was last asked what has ended."""
+        """Whether no pass was begun since it was last asked what has ended."""
         self._device: torch.device | None = None
         self._step: Step | None = None
         """The one whose pass is under way."""
@@ -62,8 +62,8 @@ class Worker:
     def begin(self, step: Step | None, stream: Any) -> None:
         """Load what a step says, before its pass and after all that `stream` is to do.
 
-        Raises `RuntimeError` for what cannot be loaded: TensorRT-LLM counts on it, and would answer
-        from what is not there.
+        Loads outside the batch are only begun; `loaded` tells of them. Raises `RuntimeError` for
+        what cannot be loaded: TensorRT-LLM counts on it, and would answer from what is not there.
         """
         self.finish(None)
         self._is_idle = False
@@ -124,8 +124,9 @@ class Worker:
     def close(self) -> None:
         """Stop listening, and unmap the slab."""
         self._step = self._now = None
+        self._outside.stop()
         self._grants.leave()
-        self._outside.close()
+        self._outside.join()
         self._stores.close()
         self._grants.close()
 

@@ -463,6 +463,8 @@ async def serve(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
+    # a test file may import what tests of other things share
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
     asyncio.run(serve(int(sys.argv[1])))
     # all is shut down, and tearing torch down would take seconds
     sys.stdout.flush()

@@ -89,7 +89,8 @@ class Admission:
             start, end = (request.matched + more for more in (request.use, request.found))
             request.found = request.use
             request.later &= request.found > 0 or self.options.waits_for_nothing
-            self.manager.cancel_load(request, python, start, end)
+            if self.options.tells_of_less:
+                self.manager.cancel_load(request, python, start, end)
         request.position = request.matched + request.found
         self._shrink(each)
         end = request.position + (0 if request.later else each.count)

@@ -323,7 +323,8 @@ class TestPromises:
             assert not scheduler._tracked
 
     @pytest.mark.parametrize(
-        ("start_", "end", "loaded"), [(100, 128, 4), (96, 128, 3), (0, 64, 2), (0, 128, 0)]
+        ("start_", "end", "loaded"),
+        [(100, 128, 4), (96, 128, 3), (64, 64, 4), (0, 64, 2), (0, 128, 0)],
     )
     def test_an_offer_that_is_taken_in_part(self, start, start_, end, loaded):
         """Not always in whole blocks: of the last one, the pass writes what was not wanted."""

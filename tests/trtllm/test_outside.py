@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 
 import pytest
 import standin
@@ -20,7 +22,8 @@ from lmcache.core.mover import Mover
 def loads():
     loads = OutsideLoads()
     yield loads
-    loads.close()
+    loads.stop()
+    loads.join()
 
 
 @pytest.fixture
@@ -156,6 +159,49 @@ class TestWithAnEngine:
             assert sum(len(poll[3]) for poll in polls(engine)) == waits
             assert reports(engine, raw=True)[-1] == ("new", 160, 5, 0, 160)
             engine.audit()
+
+    @pytest.mark.parametrize("use", [0, 32, 64])
+    def test_what_there_was_no_room_for_is_computed(self, main_v2, monkeypatch, server, use):
+        """Nobody tells of that; the first report says from where the request computes."""
+        plug = with_server(monkeypatch, server)
+        options = {"tells_of_less": False, "waits_for_nothing": True}
+        with Engine(main_v2, plug, **options) as engine:
+            engine.submit(prompt(130))
+            engine.run()
+            engine.forget()
+            engine.submit(prompt(160), use=use)
+            engine.run()
+            assert engine.trace.count("cancel_load") == 0
+            assert reports(engine, raw=True)[-1] == ("new", 160, 5, use, 160 - use)
+            engine.audit()
+
+    def test_a_server_that_ends_with_many_loads_to_make(self, profile, monkeypatch, tmp_path):
+        """It would wait for one second; they take three."""
+        server = sys.modules["served"].Server(
+            tmp_path / "log", "--l1-size-gb", "0.1", "--chunk-size", "64"
+        )
+        plug = with_server(monkeypatch, server.start(), settle=lambda: None)
+        load = Mover.load
+
+        def takes_long(*args):
+            time.sleep(0.5)
+            return load(*args)
+
+        with Engine(profile, plug, layers=1) as engine:
+            for seed in range(6):
+                engine.submit(prompt(130, seed))
+            engine.run()
+            server.wait_idle()
+            engine.forget()
+            engine.clear()
+            monkeypatch.setattr(Mover, "load", takes_long)
+            for seed in range(6):
+                engine.submit(prompt(130, seed))
+            engine.step()
+            server.send(15)
+            engine.run(limit=10**6)
+            assert [found for _, found in queries(engine)] == [128] * 6
+        server.stop()
 
     def test_what_follows_is_stored(self, engine):
         engine.submit(prompt(260))

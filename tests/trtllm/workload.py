@@ -37,6 +37,8 @@ class Options:
     """No save may wait for the pass that it is of."""
     waits_for_nothing: bool = False
     """Who was offered something outside the batch waits for it, though none of it was wanted."""
+    tells_of_less: bool = True
+    """Connectors are told when less is used than they offered."""
     limit_s: float = 5.0
     """How long a call may take."""
     patience_s: float = 10.0
