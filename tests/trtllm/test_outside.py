@@ -175,12 +175,17 @@ class TestWithAnEngine:
             assert reports(engine, raw=True)[-1] == ("new", 160, 5, use, 160 - use)
             engine.audit()
 
-    def test_a_server_that_ends_with_many_loads_to_make(self, profile, monkeypatch, tmp_path):
+    @pytest.fixture
+    def mortal(self, tmp_path):
+        """A server of a test's own."""
+        options = ("--l1-size-gb", "0.1", "--chunk-size", "64")
+        server = sys.modules["served"].Server(tmp_path / "log", *options)
+        yield server.start()
+        server.stop()
+
+    def test_a_server_that_ends_with_many_loads_to_make(self, profile, monkeypatch, mortal):
         """It would wait for one second; they take three."""
-        server = sys.modules["served"].Server(
-            tmp_path / "log", "--l1-size-gb", "0.1", "--chunk-size", "64"
-        )
-        plug = with_server(monkeypatch, server.start(), settle=lambda: None)
+        plug = with_server(monkeypatch, mortal, settle=lambda: None)
         load = Mover.load
 
         def takes_long(*args):
@@ -191,17 +196,16 @@ class TestWithAnEngine:
             for seed in range(6):
                 engine.submit(prompt(130, seed))
             engine.run()
-            server.wait_idle()
+            mortal.wait_idle()
             engine.forget()
             engine.clear()
             monkeypatch.setattr(Mover, "load", takes_long)
             for seed in range(6):
                 engine.submit(prompt(130, seed))
             engine.step()
-            server.send(15)
+            mortal.send(15)
             engine.run(limit=10**6)
             assert [found for _, found in queries(engine)] == [128] * 6
-        server.stop()
 
     def test_what_follows_is_stored(self, engine):
         engine.submit(prompt(260))
