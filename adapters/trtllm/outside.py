@@ -28,7 +28,7 @@ class OutsideLoads:
         self._excused: set[int] = set()
 
     def submit(self, request_id: int, load: Callable[[], None]) -> None:
-        """Have the load of a request made. Raises `RuntimeError` after `close`."""
+        """Have the load of a request made. Raises `RuntimeError` after `stop`."""
         self._loads[request_id] = self._pool.submit(load)
 
     def excuse(self, requests: Iterable[int]) -> None:

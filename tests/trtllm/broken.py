@@ -196,6 +196,16 @@ class LoadsAtOnce(Worker):
         super().start_load_kv(FakeStream())
 
 
+class LoadsOutsideAtOnce(Worker):
+    """Likewise, for requests that are told of it later."""
+
+    def start_load_kv(self, stream):
+        loads, *_ = self.get_connector_meta() or ([], [])
+        for job in loads:
+            self.load(job)
+        super().start_load_kv(stream)
+
+
 class LoadsInHooks(Worker):
     def load(self, job):
         self.due = [*getattr(self, "due", ()), job]

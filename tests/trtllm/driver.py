@@ -214,6 +214,13 @@ class Engine:
                 self.judge.settle()
                 raise
 
+    def step_until(self, is_over, limit=100_000):
+        """Iterate until `is_over()`; that it never is, is a fault."""
+        while not is_over():
+            limit -= 1
+            assert limit, "it never came"
+            self.step()
+
     def dummy_pass(self):
         """A forward of padding on all ranks."""
         self.crew.each(lambda rank: self.ranks[rank].model.run_dummy())

@@ -7,6 +7,8 @@ import uuid
 
 from plug import Plug
 
+from lmcache.core.mover import Mover
+
 PACKAGE = "lmcache.integration.tensorrt_llm"
 
 
@@ -20,6 +22,16 @@ def settle():
         joining = part._scheduler._joining if hasattr(part, "_scheduler") else None
         if joining and joining.current():
             joining.current().depart([], [])
+
+
+def fail_loads(monkeypatch, rank):
+    """On one of the ranks nothing that was promised is there."""
+    load = Mover.load
+
+    def fails(mover, moves, *args):
+        return (0, list(moves)) if mover._slice == rank else load(mover, moves, *args)
+
+    monkeypatch.setattr(Mover, "load", fails)
 
 
 def _say(monkeypatch, settings):

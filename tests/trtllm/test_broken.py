@@ -197,6 +197,18 @@ def test_a_load_that_waits_for_no_pass_before_it(profile):
             engine.run()
 
 
+@only("main_v1", "main_v2")
+def test_a_load_outside_the_batch_that_waits_for_no_pass_before_it(profile, choose):
+    options = {"overlap": True, "blocks": 12}
+    with seeded(profile, broken(worker="LoadsOutsideAtOnce"), prompt(128), **options) as engine:
+        choose(loads_later=True)
+        engine.submit(prompt(70, seed=1), new_tokens=9)
+        engine.step(2)
+        engine.submit(prompt(160))
+        with caught(engine, "write: .*"):
+            engine.run()
+
+
 @only(*ALL[1:])  # the oldest refuses graphs, and calls its hooks always
 def test_a_load_that_needs_hooks(profile):
     with seeded(profile, broken(worker="LoadsInHooks"), prompt(128), graphs=True) as engine:

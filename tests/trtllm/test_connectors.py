@@ -14,7 +14,7 @@ import pytest
 import standin
 from driver import Engine, prompt
 from judge import ExecutorDied
-from ours import in_process, with_server
+from ours import fail_loads, in_process, with_server
 from suite import queries
 
 from lmcache.core.errors import ConfigError, LayoutError
@@ -222,12 +222,7 @@ class TestPromises:
         with start(ranks=2, layers=1) as engine:
             found(engine, prompt(130))
             engine.forget()
-            load = Mover.load
-
-            def fails_on_one(mover, moves, *args):
-                return load(mover, moves, *args) if mover._slice == 0 else (0, list(moves))
-
-            monkeypatch.setattr(Mover, "load", fails_on_one)
+            fail_loads(monkeypatch, rank=1)
             engine.submit(prompt(130))
             with pytest.raises(ExecutorDied, match="cannot be loaded"):
                 engine.run()
@@ -289,6 +284,17 @@ class TestPromises:
             assert scheduler.matched_tokens(request, 0) == (128, False)
             engine.leader.request_finished(request, [])
             assert not scheduler._tracked
+
+    def test_what_a_query_that_breaks_off_has_asked_for_is_given_back(self, start, monkeypatch):
+        with start() as engine:
+            found(engine, prompt(130))
+            cache, given_back = engine.leader._scheduler._joining.current(), []
+            with monkeypatch.context() as patch:
+                patch.setattr(cache, "lookup", lambda *args: 1 / 0)
+                patch.setattr(cache, "release", lambda *args: given_back.append(args))
+                request = native(5, prompt(130))
+                assert engine.leader.get_num_new_matched_tokens(request, 0) == (0, False)
+            assert given_back == [("5", None)]
 
     def test_errors_of_ours_in_a_query_are_misses(self, start):
         with start() as engine:

@@ -10,7 +10,7 @@ import pytest
 import standin
 from driver import Engine, prompt
 from judge import ExecutorDied
-from ours import with_server
+from ours import fail_loads, with_server
 from suite import polls, queries, reports
 
 from lmcache.adapters.trtllm import outside as module
@@ -128,12 +128,7 @@ class TestWithAnEngine:
         engine.audit()
 
     def test_what_cannot_be_loaded_ends_all(self, engine, monkeypatch):
-        load = Mover.load
-
-        def fails_on_one(mover, moves, *args):
-            return load(mover, moves, *args) if mover._slice == 0 else (0, list(moves))
-
-        monkeypatch.setattr(Mover, "load", fails_on_one)
+        fail_loads(monkeypatch, rank=1)
         engine.submit(prompt(130))
         with pytest.raises(ExecutorDied, match="get_finished: .*2 chunks that were promised"):
             engine.run()
