@@ -22,12 +22,12 @@ _CANNOT = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class Transfer:
-    """Writes and reads whole files; any number of threads at once.
+    """Writes and reads objects that begin a block of a file; any number of threads at once.
 
     If `direct`, all that lies at addresses of blocks goes straight between memory and disk, and the
-    rest of a file (its last, broken block, or everything if the memory does not begin a block)
-    through spare memory. A file has exactly the bytes of its view, which is never read or written
-    beyond its end.
+    rest of an object (its last, broken block, or everything if the memory does not begin a block)
+    through spare memory; its last block ends in zeros. A view is never read or written beyond its
+    end.
     """
 
     def __init__(self, *, direct: bool) -> None:
@@ -38,30 +38,32 @@ class Transfer:
         if direct:
             _address(memoryview(b" "))  # loads numpy now, rather than while an object waits
 
-    def write(self, fd: int, data: memoryview) -> None:
-        """Make `data` the content of a new file."""
-        size, done = data.nbytes, 0
-        straight = self._straight_bytes(data)
+    def write(self, fd: int, data: memoryview, offset: int) -> None:
+        """Put `data` into a file."""
+        size, straight = data.nbytes, self._straight_bytes(data)
+        done = os.pwrite(fd, data[:straight], offset) if straight else 0
+        if done == size:
+            return
         with self._spare() as spare:
             while done < size:
                 rest = data[max(done, straight) :][:_SPARE_BYTES]
-                room = spare[: _padded(rest.nbytes)]
+                room = spare[: padded(rest.nbytes) if rest else 0]
                 room[: rest.nbytes] = rest
                 room[rest.nbytes :] = bytes(room.nbytes - rest.nbytes)
-                done += os.pwritev(fd, [data[done:straight], room], done)
-        if done > size:
-            os.ftruncate(fd, size)
+                done += os.pwritev(fd, [data[done:straight], room], offset + done)
 
-    def read(self, fd: int, out: memoryview) -> bool:
-        """Fill `out` from the front of a file; False if that ends before."""
-        size, done = out.nbytes, 0
-        straight = self._straight_bytes(out)
+    def read(self, fd: int, out: memoryview, offset: int) -> bool:
+        """Fill `out` from a file; False if that ends before."""
+        size, straight = out.nbytes, self._straight_bytes(out)
+        done = os.preadv(fd, [out[:straight]], offset) if straight else 0
+        if done == size:
+            return True
         with self._spare() as spare:
             while done < size:
                 rest = out[max(done, straight) :][:_SPARE_BYTES]
-                room = spare[: _padded(rest.nbytes)]
+                room = spare[: padded(rest.nbytes) if rest else 0]
                 goal = done + len(out[done:straight]) + rest.nbytes
-                count = os.preadv(fd, [out[done:straight], room], done)
+                count = os.preadv(fd, [out[done:straight], room], offset + done)
                 came = max(0, min(done + count, goal) - max(done, straight))
                 rest[:came] = room[:came]
                 done += count
@@ -117,8 +119,9 @@ def _can_read_directly(path: str) -> bool:
     return True
 
 
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+def padded(size: int) -> int:
+    """What an object of `size` bytes takes up: whole blocks, and one at least."""
+    return max(1, -(-size // BLOCK)) * BLOCK
 
 
 def _address(view: memoryview) -> int:

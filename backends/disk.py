@@ -1,49 +1,62 @@
-"""Objects as files, one each, in a directory."""
+"""Objects in large files of a directory."""
 
 from __future__ import annotations
 
-import errno
 import os
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from lmcache.backends.budget import Budget
-from lmcache.backends.direct import transfer_beside
-from lmcache.backends.tree import touch
+from lmcache.backends.catalog import Catalog, Place
+from lmcache.backends.direct import BLOCK, padded, transfer_beside
+from lmcache.backends.head import Head
+from lmcache.backends.journal import NO_ROOM
+from lmcache.backends.segments import Segments, path_of, touch
+from lmcache.backends.shared_lock import SharedLock
 from lmcache.core.backend import Capabilities, StorageBackend
 from lmcache.core.errors import BackendError, ConfigError
+from lmcache.core.log import init_logger
 from lmcache.core.redact import redact_value
 from lmcache.core.urls import parse_url
 from lmcache.plugins import hookimpl
 from lmcache.plugins.hookspecs import BackendSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
+    from types import TracebackType
 
     from typing_extensions import Self
 
+    from lmcache.backends.segments import Segment
     from lmcache.core.keys import ChunkKey
 
 DEFAULT_MAX_SIZE = 10 * 10**9
 DEFAULT_MIN_FREE = 10**9
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+MAX_SEGMENT = 256 << 20
+MIN_SEGMENTS = 32
+"""A full directory has at least so many, unless objects are larger than that."""
+
+logger = init_logger(__name__)
 
 
 class DiskBackend(StorageBackend):
     """Keeps at most `max_size` bytes of objects in a directory that other processes may use too.
 
-    The bound holds at every instant, for all processes on the directory together: see `Budget`. The
-    least recently used objects make room. `min_free` bytes of the file system stay free (if not
-    given, 1 GB or 5 % of it, whichever is less). A full disk is a refusal, not an error.
+    Objects lie one after another in segments, files of up to 256 MiB or a 32nd of `max_size`. Those
+    whose objects were all used the longest ago make room. The bound holds at every instant, for all
+    processes on the directory together, and `min_free` bytes of the file system stay free (if not
+    given, 1 GB or 5 % of it, whichever is less): see `Budget`. A full disk is a refusal, not an
+    error.
 
     Bytes go past the page cache, unless `direct` is false or the file system cannot do that: the
     memory that they would take there is better given to the cache.
 
-    An object appears by a rename, so it is whole or absent whenever a process is killed. Nothing is
-    flushed to the device: after a power failure an object may hold other bytes, which its checksum
-    tells the tier. A file that is found shorter than it said is a miss and is removed; only then
-    may a miss have changed the buffer. What is discarded as damaged is set aside: see `Budget`.
-    Files are for their owner alone. Not for use across a fork.
+    An object is there once a record says so that follows its bytes, so it is whole or absent
+    whenever a process is killed. Nothing is flushed to the device: after a power failure an object
+    may hold other bytes, which its checksum tells the tier. One that goes while it is read is a
+    miss; only then may a miss have changed the buffer. What is discarded as damaged is not found
+    again, and lies there until room is needed. Files are for their owner alone, and for processes
+    of one machine. Not for use across a fork.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(persistent=True, shared=True)
@@ -57,21 +70,25 @@ class DiskBackend(StorageBackend):
         direct: bool | None = None,
     ) -> None:
         self.directory = os.fspath(directory)
-        try:
+        self._failures = _Failures(self.directory)
+        if max_size is None:
+            max_size = DEFAULT_MAX_SIZE
+        with ExitStack() as opened, self._complaints():
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
+            disk = os.statvfs(self.directory)
+            disk_bytes = disk.f_blocks * disk.f_frsize
             if min_free is None:
-                disk = os.statvfs(self.directory)
-                min_free = min(DEFAULT_MIN_FREE, disk.f_blocks * disk.f_frsize // 20)
-            if max_size is None:
-                max_size = DEFAULT_MAX_SIZE
-            self._budget = Budget(self.directory, max_size, min_free)
-            try:
-                self._transfer = transfer_beside(self._budget.ledger_path, direct=direct)
-            except BaseException:
-                self._budget.close()
-                raise
-        except OSError as error:
-            raise ConfigError(f"cannot keep objects in {self.directory!r}: {error}") from error
+                min_free = min(DEFAULT_MIN_FREE, disk_bytes // 20)
+            self._lock = opened.enter_context(closing(SharedLock(f"{self.directory}/lock")))
+            self._transfer = transfer_beside(self._lock.path, direct=direct)
+            self._catalog = opened.enter_context(closing(Catalog(f"{self.directory}/journal")))
+            self._segments = Segments(self.directory, self._transfer.flags)
+            self._budget = Budget(self._segments, self._catalog, max_size, min_free)
+            with self._lock:
+                self._budget.settle()
+            size = min(MAX_SEGMENT, min(max_size, disk_bytes or max_size) // MIN_SEGMENTS)
+            self._head = Head(self._claim, max(BLOCK, size // BLOCK * BLOCK))
+            opened.pop_all()
 
     @property
     def is_direct(self) -> bool:
@@ -94,70 +111,117 @@ class DiskBackend(StorageBackend):
         )
 
     def put(self, key: ChunkKey, data: memoryview) -> bool:
-        with self._failures():
+        with self._failures:
             try:
-                return self._store(key.hex(), data)
+                return self._store(key, data)
             except OSError as error:
-                if error.errno in _NO_ROOM:
+                if error.errno in NO_ROOM:
                     return False
                 raise
 
-    def _store(self, name: str, data: memoryview) -> bool:
-        reservation = self._budget.reserve(name, data.nbytes, self._transfer.flags)
-        if reservation is None:
+    def _store(self, key: ChunkKey, data: memoryview) -> bool:
+        size, is_written = padded(data.nbytes), False
+        room = self._head.take(size)
+        if room is None:
             return False
         try:
-            self._transfer.write(reservation.fd, _flat(data))
-            touch(reservation.fd)
-            self._budget.commit(reservation)
-        except BaseException:
-            self._budget.cancel(reservation)
-            raise
+            self._transfer.write(room.segment.fd, _flat(data), room.offset)
+            is_written = True
+            self._catalog.store(key, Place(room.segment.number, room.offset, data.nbytes))
         finally:
-            os.close(reservation.fd)
+            self._head.give_back(room, size, is_written=is_written)
         return True
 
     def get_into(self, key: ChunkKey, out: memoryview) -> int | None:
-        path = self._budget.path(key.hex())
-        with self._failures(), suppress(FileNotFoundError):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | self._transfer.flags)
-            try:
-                found = os.fstat(fd)
-                if found.st_size > out.nbytes:
-                    return None
-                if self._transfer.read(fd, _flat(out)[: found.st_size]):
-                    touch(fd, found.st_mtime_ns)
-                    return found.st_size
-            finally:
-                os.close(fd)
-            self._budget.remove(key.hex())
+        with self._failures:
+            place = self._catalog.find(key)
+            while place and place.length <= out.nbytes:
+                is_whole = self._read(place, _flat(out)[: place.length])
+                before, place = place, self._catalog.find(key)
+                if place != before:  # others may have written there meanwhile
+                    continue
+                if is_whole:
+                    return place.length
+                self._lose(key, place)
+                return None
         return None
 
+    def _read(self, place: Place, out: memoryview) -> bool:
+        """Fill `out`; False if not all of it is there."""
+        try:
+            fd = self._segments.read(place.segment)
+        except FileNotFoundError:
+            return False
+        try:
+            touch(fd)
+            return self._transfer.read(fd, out, place.offset)
+        finally:
+            os.close(fd)
+
+    def _lose(self, key: ChunkKey, place: Place) -> None:
+        """Know that somebody took a segment away, or the end of it."""
+        self._head.leave(place.segment)
+        with self._lock:
+            if os.path.exists(path_of(self.directory, place.segment)):
+                self._catalog.remove(key)
+            else:
+                self._catalog.drop(place.segment)
+
     def contains(self, key: ChunkKey) -> bool:
-        path = self._budget.path(key.hex())
-        with self._failures(), suppress(FileNotFoundError):
-            os.stat(path)
-            return True
-        return False
+        return self.count_leading([key]) == 1
+
+    def count_leading(self, keys: Sequence[ChunkKey]) -> int:
+        with self._failures:
+            return self._catalog.count_leading(keys)
 
     def remove(self, key: ChunkKey) -> bool:
-        with self._failures():
-            return self._budget.remove(key.hex())
+        with self._failures, self._lock:
+            return self._catalog.remove(key) is not None
 
     def discard_damaged(self, key: ChunkKey) -> bool:
-        with self._failures():
-            return self._budget.set_aside(key.hex())
+        with self._failures, self._lock:
+            place = self._catalog.remove(key)
+        if place:
+            path = path_of(self.directory, place.segment)
+            logger.warning("damaged: %d bytes at %d of %s", place.length, place.offset, path)
+        return place is not None
 
     def close(self) -> None:
-        self._budget.close()
+        self._head.close()
+        self._lock.close()
+        self._catalog.close()
+
+    def _claim(self, size: int) -> Segment | None:
+        with self._lock:
+            self._lock.check_there()
+            return self._budget.claim(size)
 
     @contextmanager
-    def _failures(self) -> Iterator[None]:
+    def _complaints(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            reason = error.strerror or error
-            raise BackendError(f"the files in {self.directory!r} failed us: {reason}") from error
+            raise ConfigError(f"cannot keep objects in {self.directory!r}: {error}") from error
+
+
+class _Failures:
+    """`with failures:` makes those of the file system ours."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if isinstance(exc, OSError):
+            reason = exc.strerror or exc
+            raise BackendError(f"the files in {self._directory!r} failed us: {reason}") from exc
 
 
 def _flat(view: memoryview) -> memoryview:

@@ -78,6 +78,7 @@ def in_turns(
     """Medians of a case (size, depth, count), which the store and fio measure by turns."""
     seen = []
     for _ in range(rounds):
+        os.sync()  # nobody pays for what another has left to do
         figures = measure(store, *case)
         if fio:
             figures |= fio.measure(*case)

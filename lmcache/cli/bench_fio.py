@@ -8,6 +8,7 @@ before the time begins, request by request; and then, since we do that, a file f
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -40,6 +41,7 @@ class Fio:
     def _run(
         self, folder: str, job: str, size: int, depth: int, requests: int, *options: str
     ) -> float:
+        os.sync()
         command = ["fio", "--name=lmcache", f"--directory={folder}", f"--rw={job}"]
         command += [f"--direct={int(self._direct)}", "--ioengine=psync", "--invalidate=0"]
         command += [f"--bs={size}", f"--size={requests * size}", *options]

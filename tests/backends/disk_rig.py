@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lmcache.backends.disk import DiskBackend
-from lmcache.backends.ledger import Ledger
+from lmcache.backends.shared_lock import SharedLock
 
 MB = 1_000_000
 
@@ -41,13 +41,9 @@ def present(backend: DiskBackend, numbers: range) -> list[int]:
     return [n for n in numbers if backend.contains(key(n))]
 
 
-def files(root: Path, suffix: str) -> list[Path]:
-    return [path for path in root.rglob(f"*{suffix}") if path.is_file()]
-
-
-def torn(root: Path) -> list[Path]:
-    """Files that were not finished; what has no bytes yet may be about to be locked."""
-    return [path for path in files(root, ".tmp") if size_of(path)]
+def segments(root: Path) -> list[Path]:
+    """The files that hold objects, in the order in which they were made."""
+    return sorted(root.glob("*.segment"))
 
 
 def size_of(path: Path) -> int:
@@ -58,17 +54,17 @@ def size_of(path: Path) -> int:
 
 
 def charged(root: Path) -> int:
-    """What our files in `root` weigh, in blocks."""
-    ours = [path for suffix in (".kv", ".damaged", ".tmp") for path in files(root, suffix)]
-    return sum(-(-size_of(path) // 4096) * 4096 for path in ours)
+    """What our files in `root` weigh."""
+    return sum(map(size_of, segments(root)))
 
 
-def ledger_and_truth(root: Path) -> tuple[int, int]:
-    ledger = Ledger(f"{root}/usage")
-    with ledger:
-        result = ledger.used, charged(root)
-    ledger.close()
-    return result
+def charged_now(root: Path) -> int:
+    """The same, while nobody makes a file or takes one away."""
+    lock = SharedLock(f"{root}/lock")
+    with lock:
+        weight = charged(root)
+    lock.close()
+    return weight
 
 
 @contextmanager
@@ -94,7 +90,7 @@ def free_bytes(root: Path) -> int:
     return disk.f_bavail * disk.f_frsize
 
 
-def python(code: str, *args: object) -> subprocess.Popen[str]:
+def python(code: str, *args: object, stdin: int | None = None) -> subprocess.Popen[str]:
     """A real process that runs `code` in the names of this file."""
     prelude = f"""
 import importlib.util, sys
@@ -104,7 +100,7 @@ spec.loader.exec_module(module)
 globals().update(vars(module))
 """
     command = [sys.executable, "-c", prelude + code, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, text=True)
 
 
 def eventually(condition, timeout_s: float = 10) -> None:
@@ -115,13 +111,8 @@ def eventually(condition, timeout_s: float = 10) -> None:
         time.sleep(0.002)
 
 
-def is_settled(root: Path) -> bool:
-    used, truth = ledger_and_truth(root)
-    return used == truth
-
-
 def grow_old(root: Path, seconds: float = 60) -> None:
     """Have all objects been used that much earlier, in the same order."""
-    for path in files(root, ".kv"):
+    for path in segments(root):
         found = path.stat()
         os.utime(path, ns=(found.st_mtime_ns - int(seconds * 1e9),) * 2)

@@ -1,4 +1,4 @@
-"""Whatever memory a view lies in: its file has exactly its bytes, and nothing else is touched."""
+"""Whatever memory a view lies in: its bytes go to their place, and nothing else is touched."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache.backends.direct import BLOCK, Transfer, transfer_beside
+from lmcache.backends.direct import BLOCK, Transfer, padded, transfer_beside
 from lmcache.core.errors import ConfigError
 
 ROOM = 3 << 20
@@ -37,40 +37,43 @@ def region() -> memoryview:
     return memory
 
 
-def written(path, transfer: Transfer, view: memoryview) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | transfer.flags, 0o600)
-    transfer.write(fd, view)
+def written(path, transfer: Transfer, view: memoryview, place: int = 0) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | transfer.flags, 0o600)
+    transfer.write(fd, view, place)
     os.close(fd)
 
 
-def filled(path, transfer: Transfer, view: memoryview) -> bool:
+def filled(path, transfer: Transfer, view: memoryview, place: int = 0) -> bool:
     fd = os.open(path, os.O_RDONLY | transfer.flags)
     try:
-        return transfer.read(fd, view)
+        return transfer.read(fd, view, place)
     finally:
         os.close(fd)
 
 
 @MODES
 @settings(deadline=None, max_examples=60)
-@given(length=LENGTHS, at=OFFSETS, to=OFFSETS, pad=st.integers(0, BLOCK))
-def test_any_view_goes_to_a_file_and_comes_back(
-    tmp_path_factory, noise, direct, length, at, to, pad
+@given(length=LENGTHS, at=OFFSETS, to=OFFSETS, blocks=st.integers(0, 3))
+def test_any_view_goes_to_its_place_and_comes_back(
+    tmp_path_factory, noise, direct, length, at, to, blocks
 ):
-    path = tmp_path_factory.getbasetemp() / "object"
+    path, place = tmp_path_factory.getbasetemp() / "object", blocks * BLOCK
+    end = place + padded(length)
+    path.write_bytes(bytes([POISON]) * (end + BLOCK))
     transfer = Transfer(direct=direct)
     memory = region()
     view = memory[at : at + length]
     view[:] = noise[:length]
-    written(path, transfer, view.toreadonly())
-    assert path.read_bytes() == noise[:length]
+    written(path, transfer, view.toreadonly(), place)
+    data = path.read_bytes()
+    assert data[place : place + length] == noise[:length]
     assert view == noise[:length]
-    # what lies in the last block behind the end is zero, should the file ever grow
-    os.truncate(path, length + pad)
-    assert path.read_bytes()[length:] == bytes(pad)
-    os.truncate(path, length)
+    # what lies in the last block behind the end is nobody else's memory
+    behind = data[place + length : end]
+    assert behind == bytes([0 if direct and length else POISON]) * len(behind)
+    assert set(data[:place] + data[end:]) == {POISON}
     out = region()
-    assert filled(path, transfer, out[to : to + length]) is True
+    assert filled(path, transfer, out[to : to + length], place) is True
     assert out[to : to + length] == noise[:length]
     assert out[:to] == bytes([POISON]) * to
     assert out[to + length :] == bytes([POISON]) * (len(out) - to - length)
@@ -91,7 +94,7 @@ def test_a_file_that_ends_before_is_found_out(tmp_path_factory, noise, direct, d
 @MODES
 def test_calls_that_do_half_are_continued(tmp_path, noise, monkeypatch, direct, at):
     """In whole blocks, as the kernel does it on the way past the page cache."""
-    real_write, real_read = os.pwritev, os.preadv
+    real, real_write, real_read = os.pwrite, os.pwritev, os.preadv
 
     def some(views):
         goal = sum(map(len, views)) // 3 // BLOCK * BLOCK or BLOCK
@@ -102,10 +105,11 @@ def test_calls_that_do_half_are_continued(tmp_path, noise, monkeypatch, direct, 
     path, transfer, length = tmp_path / "object", Transfer(direct=direct), 30 * BLOCK + 7
     memory = region()
     memory[at : at + length] = noise[:length]
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, to: real(fd, next(some([view])), to))
     monkeypatch.setattr(os, "pwritev", lambda fd, views, to: real_write(fd, [*some(views)], to))
     monkeypatch.setattr(os, "preadv", lambda fd, views, to: real_read(fd, [*some(views)], to))
     written(path, transfer, memory[at : at + length])
-    assert path.read_bytes() == noise[:length]
+    assert path.read_bytes()[:length] == noise[:length]
     out = region()
     assert filled(path, transfer, out[at : at + length]) is True
     assert out[at : at + length] == noise[:length]

@@ -1,0 +1,89 @@
+"""The segment that a process fills."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from lmcache.core.errors import BackendClosed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lmcache.backends.segments import Segment
+
+
+class Room(NamedTuple):
+    """Where an object may be written."""
+
+    segment: Segment
+    offset: int
+
+
+class Head:
+    """Gives out room in segments of `size` bytes, which `claim` makes; any number of threads.
+
+    An object that is larger has a segment of its own. What is full is left to others when its last
+    object has been written, without what it did not need.
+    """
+
+    def __init__(self, claim: Callable[[int], Segment | None], size: int) -> None:
+        self._claim = claim
+        self._size = size
+        self._mutex = threading.Lock()
+        self._segment: Segment | None = None
+        self._closed = False
+
+    def take(self, size: int) -> Room | None:
+        """`size` bytes, whole blocks, until they are given back; None if there is no room."""
+        with self._mutex:
+            segment = self._with_room_for(size)
+            if segment is None:
+                return None
+            room = Room(segment, segment.end)
+            segment.end += size
+            segment.writers += 1
+        return room
+
+    def give_back(self, room: Room, size: int, *, is_written: bool) -> None:
+        """Say that nobody writes there any more."""
+        segment = room.segment
+        with self._mutex:
+            segment.writers -= 1
+            if not is_written and segment.end == room.offset + size:
+                segment.end = room.offset
+            self._leave(segment)
+
+    def leave(self, number: int) -> None:
+        """Write no more to a segment."""
+        with self._mutex:
+            if self._segment and self._segment.number == number:
+                self._change(None)
+
+    def close(self) -> None:
+        """Give out no more; closing twice is a no-op."""
+        with self._mutex:
+            self._closed = True
+            self._change(None)
+
+    def _with_room_for(self, size: int) -> Segment | None:
+        if self._closed:
+            raise BackendClosed("the files are closed")
+        if self._segment and self._segment.end + size <= self._segment.size:
+            return self._segment
+        segment = self._claim(max(size, self._size))
+        if not segment:
+            self._change(None)  # it may have to make room
+            segment = self._claim(size)
+        if size <= self._size:
+            self._change(segment)
+        return segment
+
+    def _change(self, segment: Segment | None) -> None:
+        before, self._segment = self._segment, segment
+        if before:
+            self._leave(before)
+
+    def _leave(self, segment: Segment) -> None:
+        if segment is not self._segment and not segment.writers:
+            segment.finish(segment.end)

@@ -1,0 +1,141 @@
+"""The files of a directory that hold objects, one after another.
+
+<dir>/lock                  held by whoever changes the journal, or which segments there are
+<dir>/journal               where each object lies; see `journal`
+<dir>/<16 digits>.segment   objects, each of which begins a block; locked by whoever fills it
+
+The digits are a number that no other segment ever has.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from lmcache.backends.shared_lock import try_flock
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_NAME = re.compile(r"([0-9a-f]{16})\.segment")
+_NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP)
+_TOUCH_NS = 5 * 10**9
+
+
+class Found(NamedTuple):
+    """A segment as it lies there."""
+
+    number: int
+    size: int
+    used_ns: int
+
+
+class Segment:
+    """A segment that nobody but this object may write to or take away, until it is closed."""
+
+    def __init__(self, directory: str, number: int, fd: int) -> None:
+        self.number = number
+        self.fd = fd
+        self.end = 0
+        """Where the next object begins."""
+        self.writers = 0
+        self._directory = directory
+        self.size = os.fstat(fd).st_size
+
+    def renew(self) -> None:
+        """Give it another number."""
+        number = max(time.time_ns(), self.number + 1)
+        os.rename(path_of(self._directory, self.number), path_of(self._directory, number))
+        self.number = number
+
+    def resize(self, size: int) -> None:
+        """Let go of what lies behind `size`, or have blocks up to there."""
+        if size < self.size:
+            os.ftruncate(self.fd, size)
+        elif size > self.size:
+            _allocate(self.fd, size)
+        self.size = size
+
+    def finish(self, end: int) -> None:
+        """Leave it to others without what lies behind `end`. It counts as used as before."""
+        found = os.fstat(self.fd)
+        if not end:
+            self.unlink()
+            return
+        self.resize(end)
+        os.utime(self.fd, ns=(found.st_atime_ns, found.st_mtime_ns))
+        self.close()
+
+    def unlink(self) -> None:
+        """Take it away and close it. Who reads it may go on."""
+        with suppress(FileNotFoundError):
+            os.unlink(path_of(self._directory, self.number))
+        self.close()
+
+    def close(self) -> None:
+        """Leave it to others."""
+        os.close(self.fd)
+
+
+class Segments:
+    """The segments in `directory`. `flags` are for opening them."""
+
+    def __init__(self, directory: str, flags: int) -> None:
+        self.directory = directory
+        self._flags = flags | os.O_CLOEXEC | os.O_NOFOLLOW
+
+    def __iter__(self) -> Iterator[Found]:
+        """All that do not vanish before we look at them; nothing else in the directory."""
+        with os.scandir(self.directory) as entries:
+            for entry in entries:
+                named = _NAME.fullmatch(entry.name)
+                if named and entry.is_file(follow_symlinks=False):
+                    with suppress(FileNotFoundError):
+                        found = entry.stat(follow_symlinks=False)
+                        yield Found(int(named[1], 16), found.st_size, found.st_mtime_ns)
+
+    def read(self, number: int) -> int:
+        """Open a segment for reading."""
+        return os.open(path_of(self.directory, number), os.O_RDONLY | self._flags)
+
+    def take(self, number: int) -> Segment | None:
+        """Have a segment for ourselves; None if somebody has it, or it is gone."""
+        with suppress(FileNotFoundError):
+            fd = os.open(path_of(self.directory, number), os.O_RDWR | self._flags)
+            if try_flock(fd):
+                return Segment(self.directory, number, fd)
+            os.close(fd)
+        return None
+
+    def create(self) -> Segment:
+        """A new, empty one. Raises what `os.open` does."""
+        number = time.time_ns()
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | self._flags
+        fd = os.open(path_of(self.directory, number), flags, 0o600)
+        try_flock(fd)
+        return Segment(self.directory, number, fd)
+
+
+def path_of(directory: str, number: int) -> str:
+    """Where a segment lies."""
+    return f"{directory}/{number:016x}.segment"
+
+
+def touch(fd: int) -> None:
+    """Note that a segment is used now, unless the last note is fresh."""
+    now = time.time_ns()
+    if abs(now - os.fstat(fd).st_mtime_ns) > _TOUCH_NS:
+        os.utime(fd, ns=(now, now))
+
+
+def _allocate(fd: int, size: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in _NO_FALLOCATE:
+            raise
+        os.ftruncate(fd, size)

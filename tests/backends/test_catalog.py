@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+from disk_rig import key
+
+from lmcache.backends.catalog import Catalog, Place
+from lmcache.core.errors import BackendClosed
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "journal")
+
+
+@pytest.fixture
+def catalog(path):
+    catalog = Catalog(path)
+    yield catalog
+    catalog.close()
+
+
+def test_the_last_word_holds(catalog):
+    assert catalog.find(key(1)) is None
+    catalog.store(key(1), Place(7, 0, 100))
+    catalog.store(key(1), Place(8, 4096, 200))
+    assert catalog.find(key(1)) == Place(8, 4096, 200)
+    assert catalog.remove(key(1)) == Place(8, 4096, 200)
+    assert catalog.remove(key(1)) is None
+    assert catalog.find(key(1)) is None
+
+
+def test_a_segment_holds_what_was_not_moved_away(catalog):
+    for n in range(4):
+        catalog.store(key(n), Place(7, n * 8192, 5000))
+    assert (catalog.holds(7), catalog.end_of(7)) == (True, 4 * 8192)
+    catalog.store(key(3), Place(8, 0, 0))
+    assert (catalog.end_of(7), catalog.end_of(8)) == (3 * 8192, 4096)
+    catalog.remove(key(2))
+    catalog.store(key(2), Place(7, 4 * 8192, 1))  # in another place of the same
+    assert catalog.end_of(7) == 4 * 8192 + 4096
+    assert sorted(catalog.segments()) == [7, 8]
+    catalog.drop(7)
+    assert [catalog.find(key(n)) for n in range(4)] == [None] * 3 + [Place(8, 0, 0)]
+    assert (catalog.holds(7), catalog.end_of(7), catalog.segments()) == (False, 0, [8])
+
+
+def test_what_is_forgotten_is_known_to_others(catalog, path):
+    other = Catalog(path)
+    for n in range(3):
+        catalog.store(key(n), Place(n, 0, 1))
+    catalog.drop(0)
+    catalog.forget(1)
+    assert [catalog.find(key(n)) is None for n in range(3)] == [True, True, False]
+    assert [other.find(key(n)) is None for n in range(3)] == [True, False, False]
+    other.close()
+
+
+def test_leading_keys_are_counted(catalog):
+    for n in (0, 1, 3):
+        catalog.store(key(n), Place(7, 0, 1))
+    cases = [[], [2], [1, 0, 3], [3, 2]]
+    counts = [catalog.count_leading([key(n) for n in case]) for case in cases]
+    assert counts == [0, 0, 3, 1]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_journal_is_shortened_where_there_is_room(catalog, path, monkeypatch, code):
+    monkeypatch.setattr("lmcache.backends.catalog._SLACK", 10)
+
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    for _ in range(12):
+        catalog.store(key(1), Place(7, 0, 1))
+    catalog.shorten()
+    assert os.path.getsize(path) == 12 * 64  # it is worth it from 13 on
+    catalog.store(key(1), Place(7, 0, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        if code == errno.ENOSPC:
+            catalog.shorten()
+        else:
+            with pytest.raises(OSError, match="Input/output"):
+                catalog.shorten()
+    assert os.path.getsize(path) == 13 * 64
+    catalog.shorten()
+    assert os.path.getsize(path) == 64
+    assert catalog.find(key(1)) == Place(7, 0, 1)
+
+
+def test_closed_means_closed(path):
+    catalog = Catalog(path)
+    catalog.close()
+    catalog.close()
+    for call in (catalog.find, catalog.remove, lambda k: catalog.store(k, Place(1, 2, 3))):
+        with pytest.raises(BackendClosed):
+            call(key(1))

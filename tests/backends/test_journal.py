@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmcache.backends.journal import GONE, REMOVED, STORED, VOID, Journal, Record
+from lmcache.core.errors import BackendError
+
+KEYS = st.binary(min_size=32, max_size=32)
+NUMBERS = st.integers(0, 2**64 - 1)
+RECORDS = st.builds(Record, KEYS, NUMBERS, NUMBERS, NUMBERS, st.sampled_from([STORED, REMOVED]))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "journal")
+
+
+def record(n: int) -> Record:
+    return Record(hashlib.sha256(b"%d" % n).digest(), n, 2 * n, 3 * n, STORED)
+
+
+def test_its_bytes_are_these(path):
+    journal = Journal(path)
+    journal.append(Record(bytes(range(32)), 0x0102, 0x0304, 0x0506, GONE))
+    with open(path, "rb") as file:
+        raw = file.read()
+    assert raw[:60] == (
+        bytes(range(32)) + b"\x02\x01" + bytes(6) + b"\x04\x03" + bytes(6)
+        + b"\x06\x05" + bytes(6) + b"\x03" + bytes(3)
+    )  # fmt: skip
+    assert raw[60:] == zlib.crc32(raw[:60]).to_bytes(4, "little")
+    journal.close()
+
+
+@given(said=st.lists(st.tuples(st.integers(0, 1), RECORDS)))
+def test_all_follow_what_anybody_says(tmp_path_factory, said):
+    path = str(tmp_path_factory.mktemp("journal") / "journal")
+    journals, heard = [Journal(path), Journal(path)], [[], []]
+    for who, what in said:
+        journals[who].append(what)
+        heard[who] += journals[who].news()
+    for who, journal in enumerate(journals):
+        heard[who] += journal.news()
+        assert heard[who] == [what for _, what in said]
+        assert journal.records == len(said)
+        assert list(journal.news()) == []
+        journal.close()
+
+
+def test_many_are_followed_in_pieces(path, monkeypatch):
+    monkeypatch.setattr("lmcache.backends.journal._PIECE", 200)
+    one, two = Journal(path), Journal(path)
+    for n in range(20):
+        one.append(record(n))
+    assert list(two.news()) == [record(n) for n in range(20)]
+    one.close()
+    two.close()
+
+
+@given(at=st.integers(0, 5 * 64 - 1), bit=st.integers(0, 7), cut=st.integers(0, 5 * 64))
+def test_what_is_damaged_means_nothing_and_the_rest_holds(tmp_path_factory, at, bit, cut):
+    path = str(tmp_path_factory.mktemp("journal") / "journal")
+    journal = Journal(path)
+    for n in range(5):
+        journal.append(record(n))
+    journal.close()
+    with open(path, "r+b") as file:
+        raw = bytearray(file.read())
+        raw[at] ^= 1 << bit
+        file.seek(0)
+        file.write(raw)
+        file.truncate(cut)
+    journal = Journal(path)
+    assert list(journal.news()) == [record(n) for n in range(cut // 64) if n != at // 64]
+    journal.mend()
+    journal.append(record(9))
+    assert list(journal.news()) == [record(9)]
+    journal.close()
+
+
+def test_a_new_file_voids_what_came_before_and_loses_nothing(path):
+    one, two = Journal(path), Journal(path)
+    for n in range(5):
+        one.append(record(n))
+    assert len(list(one.news())) == len(list(two.news())) == 5
+
+    def kept():
+        two.append(record(7))  # while it is being rewritten
+        yield record(3)
+
+    one.rewrite(kept())
+    two.append(record(8))
+    expected = [VOID, record(3), record(7), record(8)]
+    assert list(one.news()) == expected
+    assert list(two.news()) == expected
+    assert os.listdir(os.path.dirname(path)) == ["journal"]
+    one.close()
+    two.close()
+
+
+def test_threads_that_append_while_it_is_rewritten_lose_nothing(path):
+    writers = [Journal(path) for _ in range(3)]
+    rewriter, known, done = Journal(path), {}, threading.Event()
+
+    def write(number: int) -> None:
+        for n in range(number * 1000, number * 1000 + 1000):
+            writers[number].append(record(n))
+
+    def rewrite() -> None:
+        while not done.is_set():
+            for found in rewriter.news():
+                known.clear() if found == VOID else known.update({found[0]: Record(*found)})
+            rewriter.rewrite(known.values())
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(3)]
+    rewriting = threading.Thread(target=rewrite)
+    for thread in (rewriting, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    done.set()
+    rewriting.join(60)
+    last = Journal(path)
+    assert {found[0] for found in last.news()} == {record(n).key for n in range(3000)}
+    for journal in (*writers, rewriter, last):
+        journal.close()
+
+
+def test_one_that_is_gone_voids_all_and_takes_no_more(path):
+    journal = Journal(path)
+    journal.append(record(1))
+    os.unlink(path)
+    for _ in range(2):
+        assert list(journal.news()) == [VOID]
+        with pytest.raises(BackendError, match="was removed; open the backend again"):
+            journal.append(record(2))
+    journal.close()
+
+
+def test_no_room_is_an_error(path, monkeypatch):
+    journal = Journal(path)
+    monkeypatch.setattr(os, "write", lambda fd, raw: len(raw) - 1)
+    with pytest.raises(OSError, match="No space") as caught:
+        journal.append(record(1))
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="No space"):
+        journal.rewrite([record(1)])
+    assert os.listdir(os.path.dirname(path)) == ["journal"]
+    journal.close()
