@@ -95,6 +95,8 @@ class Budget:
 
     def _trim(self, segment: Found) -> None:
         """Take away what was never written, unless it is about to be."""
+        if self._catalog.is_full(segment.number, segment.size):
+            return
         end = self._catalog.end_of(segment.number)
         if end < segment.size and (taken := self._segments.take(segment.number)):
             taken.finish(end)

@@ -102,6 +102,14 @@ class Catalog:
             self._follow()
             return any(self._held(segment))
 
+    def is_full(self, segment: int, size: int) -> bool:
+        """Whether what was stored last in a segment of `size` bytes ends it."""
+        with self._mutex:
+            self._follow()
+            members = self._members.get(segment)
+            last = self._places.get(members[-1]) if members else None
+            return last is not None and last[0] == segment and Place(*last).end == size
+
     def end_of(self, segment: int) -> int:
         """Where the last object in a segment ends; 0 if it holds none."""
         with self._mutex:

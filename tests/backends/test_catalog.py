@@ -45,6 +45,18 @@ def test_a_segment_holds_what_was_not_moved_away(catalog):
     catalog.drop(7)
     assert [catalog.find(key(n)) for n in range(4)] == [None] * 3 + [Place(8, 0, 0)]
     assert (catalog.holds(7), catalog.end_of(7), catalog.segments()) == (False, 0, [8])
+    catalog.remove(key(3))
+    catalog.drop(8)
+    assert catalog.segments() == []
+
+
+def test_a_full_segment_ends_with_what_came_last(catalog):
+    for n in range(2):
+        catalog.store(key(n), Place(7, n * 8192, 5000))
+    assert [catalog.is_full(7, size) for size in (2 * 8192, 3 * 8192)] == [True, False]
+    catalog.remove(key(1))
+    assert not catalog.is_full(7, 2 * 8192)
+    assert not catalog.is_full(8, 0)
 
 
 def test_what_is_forgotten_is_known_to_others(catalog, path):
