@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from lmcache.backends.journal import NO_ROOM
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 class Budget:
     """Bounds segments to `max_size` bytes in all, and leaves `min_free` bytes of the disk free.
 
-    A segment has all its blocks before anything is written to it, so bounds are kept where one is
-    made, and nowhere else. What counts is what lies there, so no sum can be wrong. (Should
+    A segment has all its blocks before anything is written to it, where the file system can do
+    that, so bounds are kept where one is made, and nowhere else. What counts is what lies there, so no sum can be wrong. (Should
     processes disagree about `max_size`, the largest holds.) Segments that hold nothing any more
     make room first, and then those whose objects were all used the longest ago; what is being
     filled stays. The first that goes becomes the new one: blocks that were written before are
@@ -46,75 +47,81 @@ class Budget:
         self._shrink(lambda used: self._missing(used, 0))
 
     def claim(self, size: int) -> Segment | None:
-        """A segment of `size` bytes; None if there is no room even after evicting."""
+        """A segment of `size` bytes; None if there is no room even after evicting.
+
+        Raises `OSError` if the disk has none although it should, even after as much was evicted.
+        """
         self._catalog.shorten()
         victims = self._victims()
         used = sum(victim.size for victim in victims)
         short = self._missing(used, size)
         if short > used:
             return None
-        spare = None
-        for victim in victims:
-            if short <= 0 and (spare or self._catalog.holds(victim.number)):
-                break
-            if taken := self._segments.take(victim.number):
-                short -= taken.size
-                if self._note_gone(taken) and not spare:
-                    spare = taken
-                else:
-                    taken.unlink()
-        if short > 0:
-            if spare:
-                spare.unlink()
-            return None
-        return self._made(spare, size)
-
-    def _made(self, spare: Segment | None, size: int) -> Segment | None:
-        if spare:
-            spare.renew()
-        segment = spare or self._segments.create()
         try:
-            segment.resize(size)
-        except OSError as error:
-            segment.unlink()
-            if error.errno in NO_ROOM:
-                return None
-            raise
-        return segment
-
-    def _note_gone(self, segment: Segment) -> bool:
-        """Whether all know that nothing is in it, so that its blocks may be written again."""
-        try:
-            self._catalog.drop(segment.number)
+            return self._claim(victims, short, size)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            self._catalog.forget(segment.number)
-            return False
-        return True
+        return self._claim(self._victims(), size, size)  # a quota may be what is full
 
-    def _trim(self, segment: Found) -> None:
+    def _claim(self, victims: list[Found], short: int, size: int) -> Segment | None:
+        """Likewise, where `short` bytes have to go: all of them, or nothing does."""
+        with ExitStack() as undo:
+            taken = self._take(victims, short, undo)
+            if sum(segment.size for segment in taken) < short:
+                return None
+            segment = self._evict(taken)
+            if segment is None:
+                segment = self._segments.create()
+                undo.callback(segment.close)
+            try:
+                segment.resize(size)
+            except BaseException:
+                segment.unlink()
+                raise
+            undo.pop_all()
+            return segment
+
+    def _take(self, victims: list[Found], short: int, undo: ExitStack) -> list[Segment]:
+        """Segments of `short` bytes if they can be had, and one that holds nothing."""
+        taken: list[Segment] = []
+        for victim in victims:
+            if short <= 0 and (taken or self._catalog.holds(victim.number)):
+                break
+            if segment := self._segments.take(victim.number):
+                undo.callback(segment.close)
+                taken.append(segment)
+                short -= segment.size
+        return taken
+
+    def _evict(self, taken: list[Segment]) -> Segment | None:
+        """Let go of all that is in them; return one that may be written anew."""
+        spare = None
+        for segment in taken:
+            # all must know that nothing is there before anything else may be
+            if self._catalog.drop(segment.number) and not spare and segment.renew():
+                spare = segment
+            else:
+                segment.unlink()
+        return spare
+
+    def _trim(self, found: Found) -> None:
         """Take away what was never written, unless it is about to be."""
-        if self._catalog.is_full(segment.number, segment.size):
+        if self._catalog.is_full(found.number, found.size):
             return
-        end = self._catalog.end_of(segment.number)
-        if end < segment.size and (taken := self._segments.take(segment.number)):
-            taken.finish(end)
+        if segment := self._segments.take(found.number):
+            segment.finish(self._catalog.end_of(found.number))
 
     def _shrink(self, missing: Callable[[int], int]) -> None:
         """Evict what is missing, or nothing if that would not be enough."""
         victims = self._victims()
         used = sum(victim.size for victim in victims)
-        short = missing(used)
-        if short > used:
-            return
-        for victim in victims:
-            if short <= 0:
-                return
-            if taken := self._segments.take(victim.number):
-                short -= taken.size
-                self._note_gone(taken)
-                taken.unlink()
+        with ExitStack() as undo:
+            short = missing(used)
+            if 0 < short <= used:
+                for segment in self._take(victims, short, undo):
+                    self._catalog.drop(segment.number)
+                    segment.unlink()
 
     def _victims(self) -> list[Found]:
         """All segments, in the order in which they have to go."""

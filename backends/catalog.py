@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache.backends.direct import padded
-from lmcache.backends.journal import GONE, NO_ROOM, NOTHING, REMOVED, STORED, Journal, Record
+from lmcache.backends.journal import ANEW, GONE, NO_ROOM, REMOVED, STORED, Journal, Record
 from lmcache.core.errors import BackendClosed
 
 if TYPE_CHECKING:
@@ -79,16 +79,18 @@ class Catalog:
             self._note(Record(key, *place, REMOVED))
         return place
 
-    def drop(self, segment: int) -> None:
-        """Say that a segment and all in it are gone."""
-        if self.holds(segment):
+    def drop(self, segment: int) -> bool:
+        """Hold a segment and all in it for gone, and say so; False if there is no room for that."""
+        try:
             self._note(Record(bytes(32), segment, 0, 0, GONE))
-        self.forget(segment)
-
-    def forget(self, segment: int) -> None:
-        """Hold a segment and all in it for gone without a word to others."""
-        with self._mutex:
-            self._lose(segment)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            return False
+        finally:
+            with self._mutex:
+                self._erase(segment)
+        return True
 
     def segments(self) -> list[int]:
         """Those that hold something, or did."""
@@ -127,7 +129,7 @@ class Catalog:
             try:
                 self._journal.rewrite(records)
             except OSError as error:
-                if error.errno not in NO_ROOM:  # it is right as it is, and only long
+                if error.errno not in NO_ROOM:  # then it may stay as it is
                     raise
 
     def _note(self, record: Record) -> None:
@@ -148,14 +150,15 @@ class Catalog:
                 places[key] = segment, offset, length
                 members[segment].append(key)
             elif kind == REMOVED:
-                places.pop(key, None)
+                if places.get(key) == (segment, offset, length):
+                    del places[key]
             elif kind == GONE:
-                self._lose(segment)
-            elif kind == NOTHING:
+                self._erase(segment)
+            elif kind == ANEW:
                 places.clear()
                 members.clear()
 
-    def _lose(self, segment: int) -> None:
+    def _erase(self, segment: int) -> None:
         for key, _ in list(self._held(segment)):
             self._places.pop(key, None)
         self._members.pop(segment, None)

@@ -45,8 +45,8 @@ class DiskBackend(StorageBackend):
     Objects lie one after another in segments, files of up to 256 MiB or a 32nd of `max_size`. Those
     whose objects were all used the longest ago make room. The bound holds at every instant, for all
     processes on the directory together, and `min_free` bytes of the file system stay free (if not
-    given, 1 GB or 5 % of it, whichever is less): see `Budget`. A full disk is a refusal, not an
-    error.
+    given, 1 GB or 5 % of it, whichever is less): see `Budget`. Where a full disk has nothing of ours
+    that could make room, it is a refusal, not an error.
 
     Bytes go past the page cache, unless `direct` is false or the file system cannot do that: the
     memory that they would take there is better given to the cache.
@@ -71,8 +71,7 @@ class DiskBackend(StorageBackend):
     ) -> None:
         self.directory = os.fspath(directory)
         self._failures = _Failures(self.directory)
-        if max_size is None:
-            max_size = DEFAULT_MAX_SIZE
+        self._max_size = max_size = DEFAULT_MAX_SIZE if max_size is None else max_size
         with ExitStack() as opened, self._complaints():
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
             disk = os.statvfs(self.directory)
@@ -120,16 +119,18 @@ class DiskBackend(StorageBackend):
                 raise
 
     def _store(self, key: ChunkKey, data: memoryview) -> bool:
-        size, is_written = padded(data.nbytes), False
-        room = self._head.take(size)
+        size = padded(data.nbytes)
+        room = self._head.take(size) if size <= self._max_size else None
         if room is None:
             return False
         try:
             self._transfer.write(room.segment.fd, _flat(data), room.offset)
-            is_written = True
             self._catalog.store(key, Place(room.segment.number, room.offset, data.nbytes))
+        except BaseException:
+            self._head.leave(room.segment.number)  # nothing more may fit there
+            raise
         finally:
-            self._head.give_back(room, size, is_written=is_written)
+            self._head.give_back(room)
         return True
 
     def get_into(self, key: ChunkKey, out: memoryview) -> int | None:
@@ -160,12 +161,11 @@ class DiskBackend(StorageBackend):
 
     def _lose(self, key: ChunkKey, place: Place) -> None:
         """Know that somebody took a segment away, or the end of it."""
-        self._head.leave(place.segment)
         with self._lock:
-            if os.path.exists(path_of(self.directory, place.segment)):
-                self._catalog.remove(key)
-            else:
+            if not os.path.exists(path_of(self.directory, place.segment)):
                 self._catalog.drop(place.segment)
+            elif self._catalog.find(key) == place:
+                self._catalog.remove(key)
 
     def contains(self, key: ChunkKey) -> bool:
         return self.count_leading([key]) == 1
@@ -187,9 +187,9 @@ class DiskBackend(StorageBackend):
         return place is not None
 
     def close(self) -> None:
-        self._head.close()
-        self._lock.close()
-        self._catalog.close()
+        with self._failures, ExitStack() as closing_all:
+            for each in (self._catalog, self._lock, self._head):
+                closing_all.callback(each.close)
 
     def _claim(self, size: int) -> Segment | None:
         with self._lock:

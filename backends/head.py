@@ -45,14 +45,11 @@ class Head:
             segment.writers += 1
         return room
 
-    def give_back(self, room: Room, size: int, *, is_written: bool) -> None:
+    def give_back(self, room: Room) -> None:
         """Say that nobody writes there any more."""
-        segment = room.segment
         with self._mutex:
-            segment.writers -= 1
-            if not is_written and segment.end == room.offset + size:
-                segment.end = room.offset
-            self._leave(segment)
+            room.segment.writers -= 1
+            self._part_with(room.segment)
 
     def leave(self, number: int) -> None:
         """Write no more to a segment."""
@@ -69,8 +66,9 @@ class Head:
     def _with_room_for(self, size: int) -> Segment | None:
         if self._closed:
             raise BackendClosed("the files are closed")
-        if self._segment and self._segment.end + size <= self._segment.size:
-            return self._segment
+        head = self._segment
+        if head and head.end + size <= head.size and head.is_intact:
+            return head
         segment = self._claim(max(size, self._size))
         if not segment:
             self._change(None)  # it may have to make room
@@ -82,8 +80,8 @@ class Head:
     def _change(self, segment: Segment | None) -> None:
         before, self._segment = self._segment, segment
         if before:
-            self._leave(before)
+            self._part_with(before)
 
-    def _leave(self, segment: Segment) -> None:
+    def _part_with(self, segment: Segment) -> None:
         if segment is not self._segment and not segment.writers:
             segment.finish(segment.end)

@@ -21,13 +21,14 @@ import zlib
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from lmcache.backends.shared_lock import inode
 from lmcache.core.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-NOTHING, STORED, REMOVED, GONE = range(4)
+ANEW, STORED, REMOVED, GONE = range(4)
 _BODY = struct.Struct("<32sQQQI")
 _RECORD = struct.Struct("<60sI")
 _PIECE = 1 << 20
@@ -44,7 +45,7 @@ class Record(NamedTuple):
     kind: int
 
 
-VOID = Record(bytes(32), 0, 0, 0, NOTHING)
+VOID = Record(bytes(32), 0, 0, 0, ANEW)
 """Never written: nothing that was said so far holds."""
 
 
@@ -58,6 +59,7 @@ class Journal:
     def __init__(self, path: str) -> None:
         self._path = path
         self._fd = os.open(path, _FLAGS | os.O_CREAT, 0o600)
+        self._inode = inode(self._fd)
         self._followed = 0
         self._is_another = False
 
@@ -82,26 +84,31 @@ class Journal:
         """Add what happened, for all to see at once; it is news for us as for all others."""
         raw = _packed(record)
         _write(self._fd, raw)
-        while not os.fstat(self._fd).st_nlink:  # it came too late for who put another in its place
+        while inode(self._path) != self._inode:  # too late for who put another in its place
             self._reopen()
             _write(self._fd, raw)
 
     def rewrite(self, records: Iterable[Record]) -> None:
         """Put a file that says `records` in place of this one, all of which has been followed.
 
-        With the directory locked. What others append meanwhile is not lost.
+        With the directory locked. What others append meanwhile follows, unless we are killed
+        in the moment between: then those objects are lost.
         """
         path = f"{self._path}.new"
         fd = os.open(path, _FLAGS | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             _write(fd, b"".join(map(_packed, records)))
+            self._pass_on(fd)
             os.replace(path, self._path)
-            while raw := self._unread(os.fstat(self._fd).st_size):
-                _write(fd, raw)
+            self._pass_on(fd)
         finally:
             os.close(fd)
             with suppress(FileNotFoundError):
                 os.unlink(path)
+
+    def _pass_on(self, fd: int) -> None:
+        while raw := self._unread(os.fstat(self._fd).st_size):
+            _write(fd, raw)
 
     def mend(self) -> None:
         """Cut off the half of a record that a power failure or a full disk may have left."""
@@ -115,9 +122,11 @@ class Journal:
 
     def _look(self) -> int:
         """The size of the file that lies there now."""
-        found = os.fstat(self._fd)
-        if found.st_nlink:
-            return found.st_size
+        with suppress(FileNotFoundError):
+            found = os.stat(self._path)
+            is_ours = (found.st_dev, found.st_ino) == self._inode
+            if is_ours and found.st_size >= self._followed:
+                return found.st_size
         self._is_another = True
         try:
             self._reopen()
@@ -140,7 +149,7 @@ class Journal:
         except FileNotFoundError:
             raise BackendError(f"{self._path!r} was removed; open the backend again") from None
         os.close(self._fd)
-        self._fd, self._followed, self._is_another = fd, 0, True
+        self._fd, self._inode, self._followed, self._is_another = fd, inode(fd), 0, True
 
 
 def _packed(record: Record) -> bytes:

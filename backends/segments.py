@@ -1,15 +1,16 @@
 """The files of a directory that hold objects, one after another.
 
-<dir>/lock                  held by whoever changes the journal, or which segments there are
+<dir>/lock                  held by whoever makes segments, takes them away or removes objects
 <dir>/journal               where each object lies; see `journal`
 <dir>/<16 digits>.segment   objects, each of which begins a block; locked by whoever fills it
 
-The digits are a number that no other segment ever has.
+The digits are a number: the time, in nanoseconds, at which the segment was made or made anew.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import time
@@ -46,11 +47,21 @@ class Segment:
         self._directory = directory
         self.size = os.fstat(fd).st_size
 
-    def renew(self) -> None:
-        """Give it another number."""
-        number = max(time.time_ns(), self.number + 1)
-        os.rename(path_of(self._directory, self.number), path_of(self._directory, number))
+    @property
+    def is_intact(self) -> bool:
+        """Whether nobody has taken it away, or the end of it."""
+        found = os.fstat(self.fd)
+        return found.st_nlink > 0 and found.st_size == self.size
+
+    def renew(self) -> bool:
+        """Give it another number; False if it is gone. With the directory locked."""
+        number = _new_number(self._directory)
+        try:
+            os.rename(path_of(self._directory, self.number), path_of(self._directory, number))
+        except FileNotFoundError:
+            return False
         self.number = number
+        return True
 
     def resize(self, size: int) -> None:
         """Let go of what lies behind `size`, or have blocks up to there."""
@@ -62,23 +73,34 @@ class Segment:
 
     def finish(self, end: int) -> None:
         """Leave it to others without what lies behind `end`. It counts as used as before."""
-        found = os.fstat(self.fd)
-        if not end:
-            self.unlink()
-            return
-        self.resize(end)
-        os.utime(self.fd, ns=(found.st_atime_ns, found.st_mtime_ns))
-        self.close()
+        try:
+            found = os.fstat(self.fd)
+            if not end:
+                self._unlink()
+            elif end < found.st_size:
+                os.ftruncate(self.fd, end)
+                os.utime(self.fd, ns=(found.st_atime_ns, found.st_mtime_ns))
+        finally:
+            self.close()
 
     def unlink(self) -> None:
         """Take it away and close it. Who reads it may go on."""
+        try:
+            self._unlink()
+        finally:
+            self.close()
+
+    def _unlink(self) -> None:
         with suppress(FileNotFoundError):
             os.unlink(path_of(self._directory, self.number))
-        self.close()
 
     def close(self) -> None:
-        """Leave it to others."""
-        os.close(self.fd)
+        """Leave it to others; again does nothing."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            with suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)  # a child may have it open, too
+            os.close(fd)
 
 
 class Segments:
@@ -105,19 +127,26 @@ class Segments:
     def take(self, number: int) -> Segment | None:
         """Have a segment for ourselves; None if somebody has it, or it is gone."""
         with suppress(FileNotFoundError):
-            fd = os.open(path_of(self.directory, number), os.O_RDWR | self._flags)
-            if try_flock(fd):
-                return Segment(self.directory, number, fd)
-            os.close(fd)
+            return self._locked(number, os.O_RDWR)
         return None
 
     def create(self) -> Segment:
-        """A new, empty one. Raises what `os.open` does."""
-        number = time.time_ns()
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | self._flags
-        fd = os.open(path_of(self.directory, number), flags, 0o600)
-        try_flock(fd)
-        return Segment(self.directory, number, fd)
+        """A new, empty one. With the directory locked. Raises what `os.open` does."""
+        number = _new_number(self.directory)
+        segment = self._locked(number, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        assert segment, "whoever takes a segment has the directory locked"
+        return segment
+
+    def _locked(self, number: int, flags: int) -> Segment | None:
+        fd = os.open(path_of(self.directory, number), flags | self._flags, 0o600)
+        try:
+            if try_flock(fd) and os.fstat(fd).st_nlink:
+                return Segment(self.directory, number, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        return None
 
 
 def path_of(directory: str, number: int) -> str:
@@ -126,10 +155,18 @@ def path_of(directory: str, number: int) -> str:
 
 
 def touch(fd: int) -> None:
-    """Note that a segment is used now, unless the last note is fresh."""
+    """Note that a segment is used now, unless the last note is fresh, or none can be made."""
     now = time.time_ns()
     if abs(now - os.fstat(fd).st_mtime_ns) > _TOUCH_NS:
-        os.utime(fd, ns=(now, now))
+        with suppress(OSError):
+            os.utime(fd, ns=(now, now))
+
+
+def _new_number(directory: str) -> int:
+    number = time.time_ns()
+    while os.path.exists(path_of(directory, number)):
+        number += 1
+    return number
 
 
 def _allocate(fd: int, size: int) -> None:

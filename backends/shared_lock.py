@@ -6,6 +6,7 @@ import fcntl
 import os
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lmcache.core.errors import BackendClosed, BackendError
@@ -37,27 +38,31 @@ class SharedLock:
         return self._fd
 
     def check_there(self) -> None:
-        """Raises `BackendError` if the file was removed: a new one would not exclude us."""
-        if os.fstat(self.check_open()).st_nlink == 0:
+        """Raises `BackendError` if the file was removed: another would not exclude us."""
+        if inode(self.path) != inode(self.check_open()):
             raise BackendError(f"{self.path!r} was removed; open the backend again")
 
     def __enter__(self) -> Self:
-        self._mutex.acquire()
+        deadline = time.monotonic() + self._timeout_s
+        if not self._mutex.acquire(timeout=self._timeout_s):
+            raise self._late()
         try:
-            self._lock(self.check_open())
+            self._lock(self.check_open(), deadline)
         except BaseException:
             self._mutex.release()
             raise
         return self
 
-    def _lock(self, fd: int) -> None:
-        deadline = time.monotonic() + self._timeout_s
+    def _lock(self, fd: int, deadline: float) -> None:
         while not try_flock(fd):
             if time.monotonic() > deadline:
-                raise BackendError(
-                    f"another process has held {self.path!r} locked for {self._timeout_s} s"
-                )
+                raise self._late()
             time.sleep(0.001)
+
+    def _late(self) -> BackendError:
+        return BackendError(
+            f"another process has held {self.path!r} locked for {self._timeout_s} s"
+        )
 
     def __exit__(
         self,
@@ -85,3 +90,11 @@ def try_flock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def inode(file: str | int) -> tuple[int, int] | None:
+    """Which file lies at a path, or is open; None if there is none."""
+    with suppress(FileNotFoundError):
+        found = os.stat(file)
+        return found.st_dev, found.st_ino
+    return None

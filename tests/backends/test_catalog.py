@@ -7,6 +7,7 @@ import pytest
 from disk_rig import key
 
 from lmcache.backends.catalog import Catalog, Place
+from lmcache.backends.journal import REMOVED, Journal, Record
 from lmcache.core.errors import BackendClosed
 
 
@@ -59,14 +60,26 @@ def test_a_full_segment_ends_with_what_came_last(catalog):
     assert not catalog.is_full(8, 0)
 
 
-def test_what_is_forgotten_is_known_to_others(catalog, path):
+def test_what_there_is_no_room_to_say_is_known_to_others(catalog, path, monkeypatch):
     other = Catalog(path)
     for n in range(3):
         catalog.store(key(n), Place(n, 0, 1))
-    catalog.drop(0)
-    catalog.forget(1)
+    assert catalog.drop(0) is True
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda *_: 0)
+        assert catalog.drop(1) is False
     assert [catalog.find(key(n)) is None for n in range(3)] == [True, True, False]
     assert [other.find(key(n)) is None for n in range(3)] == [True, False, False]
+    other.close()
+
+
+def test_a_word_about_an_old_place_is_void(catalog, path):
+    catalog.store(key(1), Place(8, 0, 1))
+    other = Journal(path)
+    other.append(Record(key(1), 7, 0, 1, REMOVED))
+    assert catalog.find(key(1)) == Place(8, 0, 1)
+    other.append(Record(key(1), 8, 0, 1, REMOVED))
+    assert catalog.find(key(1)) is None
     other.close()
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from disk_rig import (
@@ -30,6 +31,7 @@ from disk_rig import (
 
 from lmcache.backends.direct import padded
 from lmcache.backends.disk import DiskBackend, lmcache_backends
+from lmcache.backends.segments import Segments
 from lmcache.core.errors import BackendClosed, BackendError, ConfigError
 from lmcache.testing import BackendSuite
 
@@ -125,6 +127,43 @@ class TestFiles:
             assert got(backend, 2) is None
             assert present(backend, range(3)) == [0, 1]
             assert [got(backend, n) for n in range(2)] == [pattern(n, 5000) for n in range(2)]
+
+    @pytest.mark.parametrize("cut", [0, 4096, 8192, 12_288, 20_000])
+    def test_that_are_cut_while_they_are_filled_are_left(self, tmp_path, cut):
+        with open_at(tmp_path, max_size=100 * MB) as one, open_at(tmp_path) as two:
+            for n in range(3):
+                assert put(one, n, 5000)
+            os.truncate(segments(tmp_path)[0], cut)
+            for n in range(3, 6):
+                assert put(one, n, 5000)
+            for backend in (one, two):
+                kept = [n for n in range(6) if got(backend, n) == pattern(n, 5000)]
+                assert kept == [*range(cut // 8192), 3, 4, 5]
+                assert kept == present(backend, range(6))
+        with open_at(tmp_path) as backend:
+            assert present(backend, range(6)) == kept
+            assert all(got(backend, n) == pattern(n, 5000) for n in kept)
+
+    def test_that_are_deleted_while_they_are_filled_are_left(self, tmp_path):
+        with open_at(tmp_path) as one, open_at(tmp_path) as two:
+            assert put(one, 0, 5000)
+            segments(tmp_path)[0].unlink()
+            assert put(one, 1, 5000)
+            assert got(two, 1) == pattern(1, 5000)
+
+    def test_that_are_moved_away_are_an_error_that_says_so(self, tmp_path):
+        root = tmp_path / "cache"
+        with open_at(root) as old:
+            assert put(old, 1, 5000)
+            root.rename(tmp_path / "old")
+            with open_at(root) as new:
+                assert put(new, 1, 100_000)
+                assert got(old, 2) is None
+                with pytest.raises(BackendError, match="was removed; open the backend again"):
+                    put(old, 2, 100_000)
+                for n in range(3, 30):
+                    assert put(new, n, 100_000)
+                    assert got(new, n) == pattern(n, 100_000)
 
     @pytest.mark.parametrize("gone", ["", "/lock", "/journal"], ids=["all", "lock", "journal"])
     def test_whose_directory_is_gone_are_an_error_that_says_so(self, tmp_path, gone):
@@ -297,6 +336,45 @@ with DiskBackend(root, max_size=cap, min_free=0) as backend:
             assert got(two, 1) == pattern(1, 5000)
             assert put(two, 2, MB) is False
 
+    def test_what_has_no_room_beside_that_evicts_nothing(self, tmp_path):
+        with open_at(tmp_path) as one, open_at(tmp_path) as two:
+            assert put(one, 1, 5000)
+            for n in range(10, 19):
+                assert put(two, n, 100_000)
+            assert put(two, 2, MB - 5000) is False
+            assert put(two, 3, MB + 5000) is False
+            assert present(two, range(19)) == [1, *range(10, 19)]
+
+    def test_what_is_stored_while_another_starts_stays(self, tmp_path, monkeypatch):
+        real, busy = Segments.take, open_at(tmp_path, max_size=100 * MB)
+        assert put(busy, 1, 5000)
+
+        def take(*args):
+            monkeypatch.undo()
+            assert put(busy, 2, 5000)
+            busy.close()
+            return real(*args)
+
+        monkeypatch.setattr(Segments, "take", take)
+        with open_at(tmp_path, max_size=100 * MB) as backend:
+            assert [got(backend, n) for n in (1, 2)] == [pattern(1, 5000), pattern(2, 5000)]
+
+    def test_a_child_keeps_nothing_locked(self, tmp_path):
+        with open_at(tmp_path) as backend:
+            for n in range(3):
+                assert put(backend, n, 20_000)  # one in each segment, of which one is being filled
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+                os._exit(0)
+            try:
+                for n in range(10, 60):
+                    assert put(backend, n, 20_000)
+                assert present(backend, range(10)) == []
+            finally:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
     def test_the_free_space_floor_holds_at_every_instant(self, tmp_path):
         with mounted(tmp_path / "disk", "size=16m") as root:
             with DiskBackend(root, min_free=10 * MB) as backend:
@@ -351,14 +429,73 @@ class TestDamaged:
 
 
 class TestFailures:
-    def test_a_full_disk_refuses(self, tmp_path):
+    def test_a_disk_that_is_full_unforeseen_makes_room(self, tmp_path):
         """All inodes are taken: a failure that no arithmetic foresees."""
         with mounted(tmp_path / "disk", "size=16m,nr_inodes=10") as root:
             with DiskBackend(root, min_free=0) as backend:
-                stored = [n for n in range(20) if put(backend, n, 600_000)]
-                assert 0 < len(stored) < 20
-                assert all(got(backend, n) == pattern(n, 600_000) for n in stored)
-                assert charged(root) == len(stored) * padded(600_000)
+                assert all(put(backend, n, 600_000) for n in range(20))
+                kept = present(backend, range(20))
+                assert kept == [*range(20 - len(kept), 20)]
+                assert 2 < len(kept) < 10
+                assert all(got(backend, n) == pattern(n, 600_000) for n in kept)
+                assert charged(root) == len(kept) * padded(600_000)
+
+    def test_a_quota_makes_room_or_refuses(self, tmp_path, monkeypatch):
+        real = os.posix_fallocate
+
+        def quota(fd, offset, length):
+            others = charged(tmp_path) - os.fstat(fd).st_size
+            if others + length > 500_000:
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+            real(fd, offset, length)
+
+        monkeypatch.setattr(os, "posix_fallocate", quota)
+        with open_at(tmp_path) as backend:
+            for n in range(20):
+                assert put(backend, n, 100_000)
+            assert present(backend, range(20)) == [*range(16, 20)]
+            assert put(backend, 30, 600_000) is False
+            assert put(backend, 31, 100_000)
+            assert charged(tmp_path) <= 500_000
+
+    def test_a_full_disk_without_fallocate_makes_room(self, tmp_path, monkeypatch):
+        def refuse(fd, offset, length):
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        with mounted(tmp_path / "disk", "size=16m") as root:
+            (root / "other").write_bytes(bytes(11 * MB))
+            with open_at(root, max_size=10 * MB) as backend:
+                answers = [put(backend, n, 90_000) for n in range(200)]
+                assert answers[-50:].count(True) > 25
+                kept = present(backend, range(200))
+                assert len(kept) > 10
+                assert all(answers[n] and got(backend, n) == pattern(n, 90_000) for n in kept)
+
+    @pytest.mark.parametrize("call", ["rename", "ftruncate", "posix_fallocate", "statvfs", "utime"])
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+    def test_a_call_that_fails_leaves_nothing_open(self, tmp_path, monkeypatch, call, code):
+        def refuse(*_, **__):
+            raise OSError(code, os.strerror(code))
+
+        backend = open_at(tmp_path)
+        for n in range(60):
+            assert put(backend, n, (8000, 100_000)[n % 2])
+        before = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, refuse)
+            for n in range(100, 160):
+                with suppress(BackendError):
+                    put(backend, n, (8000, 100_000)[n % 2])
+            assert all(got(backend, n) == pattern(n, (8000, 100_000)[n % 2])
+                       for n in present(backend, range(160)))  # fmt: skip
+            assert len(os.listdir("/proc/self/fd")) <= before + 1
+        for n in range(200, 260):
+            assert put(backend, n, 8000)
+        assert got(backend, 259) == pattern(259, 8000)
+        assert charged(tmp_path) <= MB
+        backend.close()
+        assert len(os.listdir("/proc/self/fd")) <= before - 2
 
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
     def test_a_write_that_fails_halfway_leaves_nothing(self, tmp_path, monkeypatch, code):
@@ -382,7 +519,8 @@ class TestFailures:
             assert got(backend, 2) is None
             assert put(backend, 2, 5000)
             assert got(backend, 2) == pattern(2, 5000)
-        assert charged(tmp_path) == 2 * 8192
+        open_at(tmp_path).close()
+        assert charged(tmp_path) <= 3 * 8192
 
     @pytest.mark.parametrize("size", [5000, 400 * MB], ids=["in a segment", "of its own"])
     def test_blocks_that_cannot_be_had_are_a_refusal(self, tmp_path, monkeypatch, size):
@@ -418,6 +556,15 @@ class TestFailures:
             assert put(backend, 3, 990_000)
             assert got(backend, 3) == pattern(3, 990_000)
             assert segments(tmp_path)[0].stat().st_ino != first or got(backend, 1) is None
+
+    def test_a_miss_where_nothing_can_be_noted_is_a_miss(self, tmp_path, monkeypatch):
+        with open_at(tmp_path) as one, open_at(tmp_path) as two:
+            assert put(one, 1, 5000)
+            segments(tmp_path)[0].unlink()
+            monkeypatch.setattr(os, "write", lambda fd, data: 0)
+            assert got(two, 1) is None
+            assert not two.contains(key(1))
+            open_at(tmp_path).close()
 
     def test_closing_under_a_writer(self, tmp_path, monkeypatch):
         real, writing, closed = os.pwrite, threading.Event(), threading.Event()
