@@ -19,11 +19,11 @@ class Budget:
     """Bounds segments to `max_size` bytes in all, and leaves `min_free` bytes of the disk free.
 
     A segment has all its blocks before anything is written to it, where the file system can do
-    that, so bounds are kept where one is made, and nowhere else. What counts is what lies there, so no sum can be wrong. (Should
-    processes disagree about `max_size`, the largest holds.) Segments that hold nothing any more
-    make room first, and then those whose objects were all used the longest ago; what is being
-    filled stays. The first that goes becomes the new one: blocks that were written before are
-    written faster.
+    that, so bounds are kept where one is made, and nowhere else. What counts is what lies there, so
+    no sum can be wrong. (Should processes disagree about `max_size`, the largest holds.) Segments
+    that hold nothing any more make room first, and then those whose objects were all used the
+    longest ago; what is being filled stays. The first that goes becomes the new one: blocks that
+    were written before are written faster.
 
     The journal and the files of others are not counted. A segment that is read while it goes takes
     up space until the reader is done. To be used with the directory locked.
@@ -37,6 +37,7 @@ class Budget:
 
     def settle(self) -> None:
         """Put right what killed processes and people have left, and be within bounds."""
+        self._catalog.tidy()
         self._catalog.shorten()
         found = list(self._segments)
         for number in set(self._catalog.segments()).difference(f.number for f in found):

@@ -118,10 +118,14 @@ class Catalog:
             self._follow()
             return max((place.end for _, place in self._held(segment)), default=0)
 
-    def shorten(self) -> None:
-        """Leave out of the journal what means nothing, if that is much or no whole record."""
+    def tidy(self) -> None:
+        """Take away what killed processes have left of journals."""
         with self._mutex:
-            self._journal.mend()
+            self._journal.tidy()
+
+    def shorten(self) -> None:
+        """Leave out of the journal what means nothing, if that is much."""
+        with self._mutex:
             self._follow()
             if self._journal.records <= 2 * len(self._places) + _SLACK:
                 return

@@ -45,8 +45,8 @@ class DiskBackend(StorageBackend):
     Objects lie one after another in segments, files of up to 256 MiB or a 32nd of `max_size`. Those
     whose objects were all used the longest ago make room. The bound holds at every instant, for all
     processes on the directory together, and `min_free` bytes of the file system stay free (if not
-    given, 1 GB or 5 % of it, whichever is less): see `Budget`. Where a full disk has nothing of ours
-    that could make room, it is a refusal, not an error.
+    given, 1 GB or 5 % of it, whichever is less): see `Budget`. A disk that is full, with nothing of
+    ours that could make room, is a refusal and not an error.
 
     Bytes go past the page cache, unless `direct` is false or the file system cannot do that: the
     memory that they would take there is better given to the cache.
@@ -80,10 +80,10 @@ class DiskBackend(StorageBackend):
                 min_free = min(DEFAULT_MIN_FREE, disk_bytes // 20)
             self._lock = opened.enter_context(closing(SharedLock(f"{self.directory}/lock")))
             self._transfer = transfer_beside(self._lock.path, direct=direct)
-            self._catalog = opened.enter_context(closing(Catalog(f"{self.directory}/journal")))
             self._segments = Segments(self.directory, self._transfer.flags)
-            self._budget = Budget(self._segments, self._catalog, max_size, min_free)
             with self._lock:
+                self._catalog = opened.enter_context(closing(Catalog(f"{self.directory}/journal")))
+                self._budget = Budget(self._segments, self._catalog, max_size, min_free)
                 self._budget.settle()
             size = min(MAX_SEGMENT, min(max_size, disk_bytes or max_size) // MIN_SEGMENTS)
             self._head = Head(self._claim, max(BLOCK, size // BLOCK * BLOCK))

@@ -50,8 +50,9 @@ class Segment:
     @property
     def is_intact(self) -> bool:
         """Whether nobody has taken it away, or the end of it."""
-        found = os.fstat(self.fd)
-        return found.st_nlink > 0 and found.st_size == self.size
+        # not `fstat`: who is shown its times has the next write note them to the nanosecond
+        is_whole = os.lseek(self.fd, 0, os.SEEK_END) == self.size
+        return is_whole and os.access(path_of(self._directory, self.number), os.F_OK)
 
     def renew(self) -> bool:
         """Give it another number; False if it is gone. With the directory locked."""

@@ -39,8 +39,10 @@ class SharedLock:
 
     def check_there(self) -> None:
         """Raises `BackendError` if the file was removed: another would not exclude us."""
-        if inode(self.path) != inode(self.check_open()):
-            raise BackendError(f"{self.path!r} was removed; open the backend again")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self.check_open())):
+                return
+        raise BackendError(f"{self.path!r} was removed; open the backend again")
 
     def __enter__(self) -> Self:
         deadline = time.monotonic() + self._timeout_s
@@ -90,11 +92,3 @@ def try_flock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def inode(file: str | int) -> tuple[int, int] | None:
-    """Which file lies at a path, or is open; None if there is none."""
-    with suppress(FileNotFoundError):
-        found = os.stat(file)
-        return found.st_dev, found.st_ino
-    return None

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 FIGURES = ("put_gb_s", "put_p50_ms", "put_p99_ms", "get_gb_s", "get_p50_ms", "get_p99_ms")
 
+REST_S = 1.0
+
 BESIDE = {
     "put_of_fio": ("put_gb_s", "fio_put_gb_s"),
     "put_of_fio_files": ("put_gb_s", "fio_files_put_gb_s"),
@@ -78,7 +80,7 @@ def in_turns(
     """Medians of a case (size, depth, count), which the store and fio measure by turns."""
     seen = []
     for _ in range(rounds):
-        os.sync()  # nobody pays for what another has left to do
+        _rest()
         figures = measure(store, *case)
         if fio:
             figures |= fio.measure(*case)
@@ -91,6 +93,12 @@ def in_turns(
         name: median(values) if isinstance(values[0], float) else max(values)
         for name, values in middle.items()
     }
+
+
+def _rest() -> None:
+    """Let the disk do what was left to do: nobody pays for what another has deleted."""
+    os.sync()
+    time.sleep(REST_S)
 
 
 def measure(store: StorageBackend, size: int, depth: int, count: int) -> dict[str, Any]:

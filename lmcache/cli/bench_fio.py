@@ -41,7 +41,7 @@ class Fio:
     def _run(
         self, folder: str, job: str, size: int, depth: int, requests: int, *options: str
     ) -> float:
-        os.sync()
+        os.sync()  # what it deleted before is not to be its burden
         command = ["fio", "--name=lmcache", f"--directory={folder}", f"--rw={job}"]
         command += [f"--direct={int(self._direct)}", "--ioengine=psync", "--invalidate=0"]
         command += [f"--bs={size}", f"--size={requests * size}", *options]

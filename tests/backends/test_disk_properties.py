@@ -258,7 +258,7 @@ def test_what_killed_writers_left_is_nobodys(tmp_path):
         assert put(backend, 1, 5000)
     for number in range(30):
         (tmp_path / f"{number:016x}.segment").write_bytes(bytes(30_000))
-    (tmp_path / "journal.new").write_bytes(b"half")
+    (tmp_path / f"journal.{1:016x}").write_bytes(b"half")
     with (tmp_path / "journal").open("ab") as journal:
         journal.write(b"half a record")
     with DiskBackend(tmp_path, max_size=MB, min_free=0) as backend:

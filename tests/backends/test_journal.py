@@ -80,7 +80,7 @@ def test_what_is_damaged_means_nothing_and_the_rest_holds(tmp_path_factory, at, 
         file.truncate(cut)
     journal = Journal(path)
     assert list(journal.news()) == [record(n) for n in range(cut // 64) if n != at // 64]
-    journal.mend()
+    journal.tidy()
     journal.append(record(9))
     assert list(journal.news()) == [record(9)]
     journal.close()
@@ -101,7 +101,7 @@ def test_a_new_file_voids_what_came_before_and_loses_nothing(path):
     expected = [VOID, record(3), record(7), record(8)]
     assert list(one.news()) == expected
     assert list(two.news()) == expected
-    assert os.listdir(os.path.dirname(path)) == ["journal"]
+    assert sorted(os.listdir(os.path.dirname(path))) == ["journal", os.readlink(path)]
     one.close()
     two.close()
 
@@ -134,14 +134,57 @@ def test_threads_that_append_while_it_is_rewritten_lose_nothing(path):
         journal.close()
 
 
-def test_one_that_is_gone_voids_all_and_takes_no_more(path):
+@pytest.mark.parametrize("what", ["link", "file"])
+def test_one_that_is_gone_voids_all_and_takes_no_more(path, what):
     journal = Journal(path)
     journal.append(record(1))
-    os.unlink(path)
+    assert list(journal.news()) == [record(1)]
+    if what == "file":
+        os.unlink(os.path.realpath(path))
+        os.symlink("journal.0123456789abcdef", f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    else:
+        os.unlink(path)
     for _ in range(2):
         assert list(journal.news()) == [VOID]
         with pytest.raises(BackendError, match="was removed; open the backend again"):
             journal.append(record(2))
+    journal.close()
+
+
+def test_one_that_was_cut_is_followed_from_the_start(path):
+    journal = Journal(path)
+    for n in range(3):
+        journal.append(record(n))
+    assert len(list(journal.news())) == 3
+    os.truncate(path, 64)
+    assert list(journal.news()) == [VOID, record(0)]
+    journal.close()
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_is_no_journal_is_never_opened(path, tmp_path, is_link):
+    (tmp_path / "secret").write_bytes(bytes(64))
+    if is_link:
+        os.symlink("secret", path)
+    else:
+        os.link(tmp_path / "secret", path)
+    journal = Journal(path)
+    journal.append(record(1))
+    assert (tmp_path / "secret").read_bytes() == bytes(64)
+    assert os.readlink(path) != "secret"
+    journal.close()
+
+
+def test_what_killed_processes_left_is_removed(path, tmp_path):
+    journal = Journal(path)
+    journal.append(record(1))
+    (tmp_path / "journal.0000000000000001").write_bytes(b"half")
+    os.symlink("journal.0000000000000001", tmp_path / "journal.0000000000000001.new")
+    (tmp_path / "journal.of.mine").write_bytes(b"kept")
+    journal.tidy()
+    assert sorted(os.listdir(tmp_path)) == ["journal", os.readlink(path), "journal.of.mine"]
+    assert list(journal.news()) == [record(1)]
     journal.close()
 
 
@@ -153,5 +196,5 @@ def test_no_room_is_an_error(path, monkeypatch):
     assert caught.value.errno == errno.ENOSPC
     with pytest.raises(OSError, match="No space"):
         journal.rewrite([record(1)])
-    assert os.listdir(os.path.dirname(path)) == ["journal"]
+    assert sorted(os.listdir(os.path.dirname(path))) == ["journal", os.readlink(path)]
     journal.close()
