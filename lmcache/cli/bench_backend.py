@@ -35,9 +35,8 @@ REST_S = 1.0
 
 BESIDE = {
     "put_of_fio": ("put_gb_s", "fio_put_gb_s"),
-    "put_of_fio_files": ("put_gb_s", "fio_files_put_gb_s"),
+    "put_of_fio_again": ("put_gb_s", "fio_again_put_gb_s"),
     "get_of_fio": ("get_gb_s", "fio_get_gb_s"),
-    "get_of_fio_files": ("get_gb_s", "fio_files_get_gb_s"),
 }
 """Each is what the backend reaches of what fio does."""
 
