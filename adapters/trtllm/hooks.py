@@ -86,9 +86,10 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
     def update_state_after_alloc_by_layer_group(
         self, request: Any, block_ids_by_layer_group: list[list[int]]
     ) -> None:
-        """Likewise."""
+        """Likewise. Who says it so keeps the blocks of a request that ends, if asked to."""
         with self._wall("update_state_after_alloc_by_layer_group"):
             [block_ids] = block_ids_by_layer_group
+            self._scheduler.keeps_blocks = True
             self.update_state_after_alloc(request, block_ids)
 
     def build_connector_meta(self, scheduler_output: Any) -> Step | None:
@@ -120,8 +121,10 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
     def request_finished_by_layer_group(
         self, request: Any, cache_block_ids_by_layer_group: list[list[int]]
     ) -> bool:
-        """Likewise."""
-        return self.request_finished(request, [])
+        """Whether its blocks have to stay until all ranks have stored them."""
+        with self._wall("request_finished_by_layer_group"):
+            return self._scheduler.finished(request.request_id)
+        return False
 
     @contextmanager
     def _wall(self, where: str) -> Iterator[None]:
@@ -204,13 +207,19 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
     def get_finished(
         self, finished_gen_req_ids: Sequence[int], started_loading_req_ids: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """No blocks are kept for stores; loads outside the batch are told of when they are over.
+        """The requests whose stores, and those whose loads outside the batch, are over.
 
         Gives up a step whose `wait_for_save` never came, as its pass has failed. Raises
         `RuntimeError` for a load that failed, as `start_load_kv` does.
         """
         self._abandon()
-        return list(finished_gen_req_ids), self._worker.loaded(started_loading_req_ids)
+        stored = self._worker.stored(finished_gen_req_ids)
+        self._settle(stored)
+        return stored, self._worker.loaded(started_loading_req_ids)
+
+    @guarded(nothing)
+    def _settle(self, stored: list[int]) -> None:
+        self._worker.settle(stored)
 
     @guarded(nothing)
     def _abandon(self) -> None:

@@ -65,6 +65,8 @@ class Scheduler:
         self._void: deque[int] = deque(maxlen=UNSEEN)
         """Requests whose promise is void, of which nothing more should be heard."""
         self._passes = 0
+        self.keeps_blocks = False
+        """Whether a request that ends keeps its blocks until they are stored."""
 
     def start(self) -> None:
         """Join the cache, now that the ranks are there; later again does nothing.
@@ -125,6 +127,12 @@ class Scheduler:
         tracked = self._tracked.pop(request_id, None)
         if tracked:
             self._let_go(request_id, tracked)
+
+    def finished(self, request_id: int) -> bool:
+        """A request has ended; whether its blocks have to stay until they are stored."""
+        stays = self.keeps_blocks and self._storing.keep(request_id)
+        self.forget(request_id)
+        return stays
 
     # ---- passes
 
@@ -236,7 +244,7 @@ class Scheduler:
         moves = moves_for(slots, geometry, tracked.blocks, 0, len(tracked.blocks))
         if moves:
             draft.step.stores.append((request_id, moves))
-            if may_end:
+            if may_end and not self.keeps_blocks:
                 draft.step.urgent.append(request_id)
 
     # ----

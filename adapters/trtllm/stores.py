@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from lmcache.adapters.trtllm.outside import IDLE_S
 from lmcache.core.log import init_logger, log_copies
 from lmcache.core.pool import DaemonPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container
+    from collections.abc import Callable, Container, Iterable
     from concurrent.futures import Future
 
     from lmcache.core.grants import Granted
@@ -72,7 +73,8 @@ class Stores:
 
     TensorRT-LLM does not tell of every block that it takes back: a request may just stay away, and
     its blocks be another's before they have been copied. So a copy counts if its request is in a
-    pass that has not ended when the copy has: then it had its blocks all the time.
+    pass that has not ended when the copy has: then it had its blocks all the time. Or if it ended,
+    and TensorRT-LLM keeps its blocks until it is told that they have been copied.
     """
 
     def __init__(self) -> None:
@@ -80,6 +82,8 @@ class Stores:
         self._lock = threading.Lock()
         self._copies: dict[Copy, Future[None]] = {}
         """Those that nobody has had a word about."""
+        self._kept: set[int] = set()
+        """Requests that have ended, whose blocks stay until their copies are made."""
         self._timer: threading.Timer | None = None
 
     def submit(self, copy: Copy) -> None:
@@ -87,6 +91,23 @@ class Stores:
         with self._lock:
             self._watch()
             self._copies[copy] = self._pool.submit(copy.make)
+
+    def take_ended(self, named: Iterable[int], *, is_idle: bool) -> list[int]:
+        """The requests, of those that are or were named, whose copies have all been made.
+
+        Each is told of once, and is to be settled. Who has nothing else to do waits, but not for
+        long.
+        """
+        self._kept.update(named)
+        with self._lock:
+            futures = [f for copy, f in self._copies.items() if copy.request in self._kept]
+        if is_idle and futures:
+            wait(futures, IDLE_S)
+        with self._lock:
+            busy = {copy.request for copy, f in self._copies.items() if not f.done()}
+        ended = sorted(self._kept - busy)
+        self._kept &= busy
+        return ended
 
     def settle(self, requests: Container[int]) -> None:
         """Wait for the copies of these, who still have their blocks: what was copied counts."""

@@ -26,6 +26,10 @@ class Storing:
         if self._requests.pop(request_id, None):
             self._gone.append(request_id)
 
+    def keep(self, request_id: int) -> bool:
+        """A request ends, and may keep its blocks; whether they are still being stored."""
+        return self._requests.pop(request_id, None) is not None
+
     def tell(self, step: Step, number: int, requests: Iterable[int]) -> list[int]:
         """Say so in the step of pass `number`, which these requests are in.
 

@@ -17,7 +17,7 @@ from lmcache.core.log import init_logger, log_copies
 from lmcache.core.selfcheck import check_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Container, Iterable, Sequence
 
     import torch
 
@@ -111,6 +111,14 @@ class Worker:
                 for _ in range(left):
                     now.progress.end(step.number)
         self._stores.settle(step.urgent)
+
+    def stored(self, named: Iterable[int]) -> list[int]:
+        """The requests, of those that are or were named, whose blocks may go once settled."""
+        return self._stores.take_ended(named, is_idle=self._is_idle)
+
+    def settle(self, ended: Container[int]) -> None:
+        """What was stored of requests that have their blocks counts."""
+        self._stores.settle(ended)
 
     def loaded(self, named: Iterable[int]) -> list[int]:
         """The requests, of those that are or were named, whose loads outside the batch are over.

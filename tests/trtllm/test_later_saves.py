@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 from driver import Engine, prompt
 from ours import in_process, with_server
-from suite import queries
+from suite import polls, queries
 
 from lmcache.core.mover import Mover
 
+FIRST = 7_000_001
+"""The first request of an engine."""
 AWAY = 6
 """Passes after which nobody waits for a request any more."""
 
@@ -153,14 +155,14 @@ def test_what_it_has_generated_is_stored(start, monkeypatch, new_tokens, overlap
         engine.audit()
 
 
-def test_a_request_of_which_nobody_says_how_long_it_is(start, monkeypatch):
+def test_a_request_of_which_nobody_says_how_long_it_is(start, profile, monkeypatch):
     about = importlib.import_module("standin_request")
     monkeypatch.setattr(about.PythonRequest, "_NAMES", about.NATIVE | {"is_finished"})
     with start(blocks=12) as engine:
         engine.hooks.polling = lambda executor: executor.memory.forget()
         request = engine.submit(prompt(128), new_tokens=9)
         engine.step()
-        assert not copies(engine)
+        assert profile.layouts or not copies(engine)
         engine.cancel(request)
         engine.run()
         assert look_up(engine, prompt(130)) == 128
@@ -196,6 +198,50 @@ def test_a_request_that_ends_before_it_is_stored(start, slow, overlap, passes):
         run_others(engine)
         assert is_tidy(engine)
         engine.audit()
+
+
+@pytest.mark.parametrize("profile", ["main_v2"], indirect=True)
+class TestBlocksThatStay:
+    """Version 2 keeps those of a request that has ended, so that no pass waits for its stores."""
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_until_they_are_stored(self, start, slow, ranks, overlap):
+        with start(blocks=12, ranks=ranks, overlap=overlap) as engine:
+            engine.hooks.polling = lambda executor: executor.memory.forget()
+            engine.submit(prompt(128), new_tokens=1)
+            engine.step(1 + overlap)
+            assert polls(engine)[-1] == ([FIRST], [], [], [])
+            engine.step(3)
+            assert polls(engine)[-1] == ([], [], [], [])
+            assert kept(engine) == 4
+            slow.may.set()
+            engine.step_until(lambda: polls(engine)[-1][2])
+            assert polls(engine)[-1] == ([], [], [FIRST], [])
+            assert engine.trace.count("finished") == 1
+            assert is_tidy(engine)
+            assert look_up(engine, prompt(130)) == 128
+            engine.audit()
+            assert kept(engine) == 0
+
+    def test_and_go_if_the_store_fails(self, start, slow):
+        slow.fails = True
+        slow.may.set()
+        with start(blocks=12) as engine:
+            engine.submit(prompt(128), new_tokens=1)
+            engine.step_until(lambda: engine.trace.count("get_finished") and polls(engine)[-1][2])
+            assert polls(engine)[-1][2] == [FIRST]
+            assert kept(engine) == 0
+            slow.fails = False
+            assert look_up(engine, prompt(130)) == 0
+            engine.audit()
+
+    def test_but_not_those_of_which_all_is_stored(self, start):
+        with start() as engine:
+            engine.submit(prompt(128), new_tokens=4)
+            engine.run()
+            assert all(poll == ([], [], [], []) for poll in polls(engine))
+            engine.audit()
 
 
 @pytest.mark.parametrize("profile", ["main_v2"], indirect=True)
