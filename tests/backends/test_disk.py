@@ -550,13 +550,13 @@ class TestFailures:
             monkeypatch.setattr(os, "write", lambda fd, data: 0)
             assert put(backend, 2, 5000) is False
             # what cannot be noted is evicted all the same, and never written again
-            first = segments(tmp_path)[0].stat().st_ino
+            first = segments(tmp_path)[0]
             assert put(backend, 3, 990_000) is False
+            assert not first.exists()
             monkeypatch.undo()
-            assert got(backend, 1) in (None, pattern(1, 5000))
+            assert got(backend, 1) is None
             assert put(backend, 3, 990_000)
             assert got(backend, 3) == pattern(3, 990_000)
-            assert segments(tmp_path)[0].stat().st_ino != first or got(backend, 1) is None
 
     def test_a_miss_where_nothing_can_be_noted_is_a_miss(self, tmp_path, monkeypatch):
         with open_at(tmp_path) as one, open_at(tmp_path) as two:
