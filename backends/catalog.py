@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache.backends.direct import padded
 from lmcache.backends.journal import ANEW, GONE, NO_ROOM, REMOVED, STORED, Journal, Record
-from lmcache.core.errors import BackendClosed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,7 +41,6 @@ class Catalog:
         self._places: dict[bytes, tuple[int, int, int]] = {}
         self._members: defaultdict[int, list[bytes]] = defaultdict(list)
         """What was stored in each segment; some of it lies elsewhere by now, or nowhere."""
-        self._closed = False
 
     def find(self, key: bytes) -> Place | None:
         """Where an object lies."""
@@ -59,16 +57,11 @@ class Catalog:
 
     def close(self) -> None:
         """Let go of the journal; closing twice is a no-op, and all else raises `BackendClosed`."""
-        with self._mutex:
-            if not self._closed:
-                self._closed = True
-                self._journal.close()
+        self._journal.close()
 
     def store(self, key: bytes, place: Place) -> None:
         """Say that an object lies there, and nowhere else."""
-        with self._mutex:
-            self._check_open()
-            self._journal.append(Record(key, *place, STORED))
+        self._journal.append(Record(key, *place, STORED))
 
     # all that follows runs with the directory locked
 
@@ -142,12 +135,7 @@ class Catalog:
             self._journal.append(record)
             self._follow()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise BackendClosed("the directory is closed")
-
     def _follow(self) -> None:
-        self._check_open()
         places, members = self._places, self._members
         for key, segment, offset, length, kind in self._journal.news():
             if kind == STORED:

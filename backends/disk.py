@@ -161,6 +161,7 @@ class DiskBackend(StorageBackend):
 
     def _lose(self, key: ChunkKey, place: Place) -> None:
         """Know that somebody took a segment away, or the end of it."""
+        self._head.leave(place.segment)
         with self._lock:
             if not os.path.exists(path_of(self.directory, place.segment)):
                 self._catalog.drop(place.segment)

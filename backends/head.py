@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache.core.errors import BackendClosed
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lmcache.backends.segments import Segment
+
+_CHECK_S = 0.1
 
 
 class Room(NamedTuple):
@@ -32,6 +35,7 @@ class Head:
         self._size = size
         self._mutex = threading.Lock()
         self._segment: Segment | None = None
+        self._checked_s = 0.0
         self._closed = False
 
     def take(self, size: int) -> Room | None:
@@ -43,6 +47,8 @@ class Head:
             room = Room(segment, segment.end)
             segment.end += size
             segment.writers += 1
+            if segment.end == segment.size and segment is self._segment:
+                self._segment = None  # it may be evicted once this is written
         return room
 
     def give_back(self, room: Room) -> None:
@@ -67,7 +73,7 @@ class Head:
         if self._closed:
             raise BackendClosed("the files are closed")
         head = self._segment
-        if head and head.end + size <= head.size and head.is_intact:
+        if head and head.end + size <= head.size and self._seems_intact(head):
             return head
         segment = self._claim(max(size, self._size))
         if not segment:
@@ -76,6 +82,13 @@ class Head:
         if size <= self._size:
             self._change(segment)
         return segment
+
+    def _seems_intact(self, head: Segment) -> bool:
+        now_s = time.monotonic()
+        if now_s < self._checked_s + _CHECK_S:
+            return True
+        self._checked_s = now_s
+        return head.is_intact
 
     def _change(self, segment: Segment | None) -> None:
         before, self._segment = self._segment, segment

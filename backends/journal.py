@@ -25,10 +25,10 @@ import time
 import zlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from lmcache.core.errors import BackendError
+from lmcache.core.errors import BackendClosed, BackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 ANEW, STORED, REMOVED, GONE = range(4)
@@ -54,7 +54,7 @@ VOID = Record(bytes(32), 0, 0, 0, ANEW)
 
 
 class Journal:
-    """The journal that the link at `path` names. One thread at a time.
+    """The journal that the link at `path` names. One thread at a time, unless said otherwise.
 
     Records are appended whole, in some order, however many processes do so at once. They are not
     flushed to the device: what a power failure takes of them are objects that are lost.
@@ -67,40 +67,44 @@ class Journal:
         """With the directory locked, as it is made if there is none."""
         self._path = path
         self._directory = os.path.dirname(path)
-        self._fd = -1
+        self._closed = False
         try:
-            self._reopen()
+            file = self._open()
         except BackendError:
-            name, fd = self._create()
-            os.close(fd)
-            self._appoint(name)
-            self._reopen()
-        self._is_another = False
+            self._appoint(self._create())
+            file = self._open()
+        file.is_heard = True  # there is nothing before that it could void
+        self._file: _File | None = file
 
     @property
     def records(self) -> int:
         """How many there are, as far as they have been followed."""
-        return self._followed // _RECORD.size
+        return self._ours().followed // _RECORD.size
 
     def news(self) -> Iterator[tuple[bytes, int, int, int, int]]:
         """Records that were appended since; first a `VOID` if nothing that came before holds."""
         unpack, crc32 = _BODY.unpack, zlib.crc32
-        size = self._look()
-        if self._is_another:
-            self._is_another = False
+        file, size = self._look()
+        if not (file and file.is_heard):
             yield VOID
-        while raw := self._unread(size):
+        if not file:
+            return
+        file.is_heard = True
+        while raw := file.unread(size):
             for body, checksum in _RECORD.iter_unpack(raw):
                 if crc32(body) == checksum:
                     yield unpack(body)
 
     def append(self, record: Record) -> None:
-        """Add what happened, for all to see at once; it is news for us as for all others."""
-        raw = _packed(record)
-        _write(self._fd, raw)
-        while self._named() != self._name:  # too late for who put another in its place
-            self._reopen()
-            _write(self._fd, raw)
+        """Add what happened, for all to see at once; it is news for us as for all others.
+
+        Any number of threads at once, whatever others do.
+        """
+        file, raw = self._ours(), _packed(record)
+        _write(file.fd, raw)
+        while self._named() != file.name:  # too late for who put another in its place
+            self._file = file = self._open()
+            _write(file.fd, raw)
 
     def rewrite(self, records: Iterable[Record]) -> None:
         """Put a file that says `records` in place of this one, all of which has been followed.
@@ -108,37 +112,44 @@ class Journal:
         With the directory locked. What others append meanwhile follows, unless we are killed
         in the moment between: then those objects are lost.
         """
-        name, fd = self._create()
+        before, new = self._ours(), self._create()
         try:
-            _write(fd, b"".join(map(_packed, records)))
-            self._pass_on(fd)
-            self._appoint(name)
-            self._pass_on(fd)
+            _write(new.fd, b"".join(map(_packed, records)))
+            before.pass_on(new.fd)
+            self._appoint(new)
+            before.pass_on(new.fd)
         finally:
-            os.close(fd)
             self.tidy()
 
     def tidy(self) -> None:
         """Cut off half a record, and remove files that do not count. With the directory locked."""
-        size = _size(self._fd)
+        fd = self._ours().fd
+        size = _size(fd)
         if size % _RECORD.size:
-            os.ftruncate(self._fd, size // _RECORD.size * _RECORD.size)
+            os.ftruncate(fd, size // _RECORD.size * _RECORD.size)
         for name in filter(_OURS.fullmatch, os.listdir(self._directory)):
             if name != self._named():
                 os.unlink(f"{self._directory}/{name}")
 
     def close(self) -> None:
-        """Let go of the file."""
-        os.close(self._fd)
+        """Let go of the file; all else raises `BackendClosed` then. Any thread, at any time."""
+        self._closed = True
+        self._file = None
 
-    def _create(self) -> tuple[str, int]:
+    def _ours(self) -> _File:
+        file = self._file
+        if self._closed or file is None:
+            raise BackendClosed(f"{self._path!r} is closed")
+        return file
+
+    def _create(self) -> _File:
         name = f"journal.{time.time_ns():016x}"
         flags = _FLAGS | os.O_CREAT | os.O_EXCL
-        return name, os.open(f"{self._directory}/{name}", flags, 0o600)
+        return _File(name, os.open(f"{self._directory}/{name}", flags, 0o600))
 
-    def _appoint(self, name: str) -> None:
-        link = f"{self._directory}/{name}.new"
-        os.symlink(name, link)
+    def _appoint(self, file: _File) -> None:
+        link = f"{self._directory}/{file.name}.new"
+        os.symlink(file.name, link)
         os.replace(link, self._path)
 
     def _named(self) -> str | None:
@@ -152,40 +163,53 @@ class Journal:
                 raise
             return None
 
-    def _reopen(self) -> None:
+    def _open(self) -> _File:
         name = self._named()
         try:
             if name is None or not _OURS.fullmatch(name):
                 raise FileNotFoundError
-            fd = os.open(f"{self._directory}/{name}", _FLAGS)
+            return _File(name, os.open(f"{self._directory}/{name}", _FLAGS))
         except FileNotFoundError:
             raise BackendError(f"{self._path!r} was removed; open the backend again") from None
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd, self._name, self._followed, self._is_another = fd, name, 0, True
 
-    def _look(self) -> int:
-        """The size of the file that counts now."""
-        if self._named() == self._name and (size := _size(self._fd)) >= self._followed:
-            return size
-        self._is_another = True
+    def _look(self) -> tuple[_File | None, int]:
+        """The file that counts now, and its size."""
+        file = self._ours()
+        if self._named() == file.name and (size := _size(file.fd)) >= file.followed:
+            return file, size
         try:
-            self._reopen()
+            self._file = file = self._open()
         except BackendError:  # the directory is gone, or will be in a moment
-            return 0
-        return _size(self._fd)
+            file.followed, file.is_heard = 0, False  # it may come back
+            return None, 0
+        return file, _size(file.fd)
 
-    def _unread(self, size: int) -> bytes:
-        """Some whole records that have not been followed, of a file of `size` bytes."""
-        more = min(size - self._followed, _PIECE) // _RECORD.size * _RECORD.size
+
+class _File:
+    """A journal that is open until nobody has this object any more."""
+
+    def __init__(self, name: str, fd: int) -> None:
+        self.name = name
+        self.fd = fd
+        self.followed = 0
+        self.is_heard = False
+        """Whether it was said that it is another."""
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.fd)
+
+    def unread(self, size: int) -> bytes:
+        """Some whole records that have not been followed, of `size` bytes in all."""
+        more = min(size - self.followed, _PIECE) // _RECORD.size * _RECORD.size
         if more <= 0:
             return b""
-        raw = os.pread(self._fd, more, self._followed)
-        self._followed += len(raw) // _RECORD.size * _RECORD.size
+        raw = os.pread(self.fd, more, self.followed)
+        self.followed += len(raw) // _RECORD.size * _RECORD.size
         return raw[: len(raw) // _RECORD.size * _RECORD.size]
 
-    def _pass_on(self, fd: int) -> None:
-        while raw := self._unread(_size(self._fd)):
+    def pass_on(self, fd: int) -> None:
+        """Append to `fd` what has not been followed."""
+        while raw := self.unread(_size(self.fd)):
             _write(fd, raw)
 
 

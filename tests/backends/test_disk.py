@@ -35,6 +35,9 @@ from lmcache.backends.segments import Segments
 from lmcache.core.errors import BackendClosed, BackendError, ConfigError
 from lmcache.testing import BackendSuite
 
+NOTICED_S = 0.2
+"""After so long a file that is being filled, and was taken away, is left."""
+
 
 class TestDisk(BackendSuite):
     @pytest.fixture
@@ -135,6 +138,7 @@ class TestFiles:
             for n in range(3):
                 assert put(one, n, 5000)
             os.truncate(segments(tmp_path)[0], cut)
+            time.sleep(NOTICED_S)
             for n in range(3, 6):
                 assert put(one, n, 5000)
             for backend in (one, two):
@@ -149,8 +153,29 @@ class TestFiles:
         with open_at(tmp_path) as one, open_at(tmp_path) as two:
             assert put(one, 0, 5000)
             segments(tmp_path)[0].unlink()
+            time.sleep(NOTICED_S)
             assert put(one, 1, 5000)
             assert got(two, 1) == pattern(1, 5000)
+
+    def test_that_are_full_are_no_longer_kept_for_who_filled_them(self, tmp_path):
+        with open_at(tmp_path, max_size=300_000) as backend:
+            assert put(backend, 0, 8192)  # all that a segment has room for here
+            for n in range(1, 60):
+                assert put(backend, n, 10_000)
+            assert present(backend, range(60)) == [*range(60 - 300_000 // 12_288, 60)]
+
+    @pytest.mark.parametrize("cut", [None, 0, 8192])
+    def test_that_end_early_are_left_at_the_first_that_is_missed(self, tmp_path, cut, monkeypatch):
+        monkeypatch.setattr("lmcache.backends.head._CHECK_S", 1000)
+        with open_at(tmp_path) as backend:
+            for n in range(3):
+                assert put(backend, n, 5000)
+            path = segments(tmp_path)[0]
+            path.unlink() if cut is None else os.truncate(path, cut)
+            assert got(backend, 2) is None
+            assert put(backend, 3, 5000)
+            assert got(backend, 3) == pattern(3, 5000)
+            assert path not in segments(tmp_path) or path.stat().st_size == cut
 
     def test_that_are_moved_away_are_an_error_that_says_so(self, tmp_path):
         root = tmp_path / "cache"

@@ -5,13 +5,15 @@ import hashlib
 import os
 import threading
 import zlib
+from contextlib import suppress
+from itertools import count
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache.backends.journal import GONE, REMOVED, STORED, VOID, Journal, Record
-from lmcache.core.errors import BackendError
+from lmcache.core.errors import BackendClosed, BackendError
 
 KEYS = st.binary(min_size=32, max_size=32)
 NUMBERS = st.integers(0, 2**64 - 1)
@@ -150,6 +152,60 @@ def test_one_that_is_gone_voids_all_and_takes_no_more(path, what):
         with pytest.raises(BackendError, match="was removed; open the backend again"):
             journal.append(record(2))
     journal.close()
+
+
+def test_one_that_comes_back_holds_again(path):
+    journal = Journal(path)
+    journal.append(record(1))
+    assert list(journal.news()) == [record(1)]
+    os.rename(path, f"{path}.away")
+    assert list(journal.news()) == [VOID]
+    os.rename(f"{path}.away", path)
+    assert list(journal.news()) == [VOID, record(1)]
+    journal.close()
+
+
+def test_threads_that_append_through_one_of_them_lose_nothing(path):
+    journal, rewriter, known = Journal(path), Journal(path), {}
+
+    def write(number: int) -> None:
+        for n in range(number * 1000, number * 1000 + 1000):
+            journal.append(record(n))
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        known.update((found[0], Record(*found)) for found in rewriter.news() if found != VOID)
+        rewriter.rewrite(known.values())
+        list(journal.news())
+    last = Journal(path)
+    assert {found[0] for found in last.news()} == {record(n).key for n in range(3000)}
+    for each in (journal, rewriter, last):
+        each.close()
+
+
+def test_what_is_appended_while_it_is_closed_is_there_or_refused(path):
+    journal, refused = Journal(path), []
+    begun = threading.Event()
+
+    def write() -> None:
+        with suppress(BackendClosed):
+            for n in count():
+                refused[:] = [n]
+                journal.append(record(n))
+                begun.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    begun.wait(30)
+    journal.close()
+    thread.join(30)
+    last = Journal(path)
+    assert [found[0] for found in last.news()] == [record(n).key for n in range(refused[0])]
+    with pytest.raises(BackendClosed):
+        journal.append(record(0))
+    last.close()
 
 
 def test_one_that_was_cut_is_followed_from_the_start(path):
