@@ -78,15 +78,17 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
         return self._scheduler.matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, block_ids: list[int]) -> None:
-        """Which blocks it has, and how long it may run."""
+        """Which blocks it has."""
         with self._wall("update_state_after_alloc"):
-            most = getattr(request, "py_max_new_tokens", None)
-            self._scheduler.admitted(request.request_id, block_ids, most)
+            self._scheduler.admitted(request.request_id, block_ids)
 
     def update_state_after_alloc_by_layer_group(
         self, request: Any, block_ids_by_layer_group: list[list[int]]
     ) -> None:
-        """Likewise. Who says it so keeps the blocks of a request that ends, if asked to."""
+        """Likewise. Who says it so keeps, of a request that ends, the blocks that it had.
+
+        Others keep, of each block, the first that they know to hold the same.
+        """
         with self._wall("update_state_after_alloc_by_layer_group"):
             [block_ids] = block_ids_by_layer_group
             self._scheduler.keeps_blocks = True
@@ -113,18 +115,16 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
             self._scheduler.forget(request.request_id)
 
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
-        """False: its blocks may go, as those that TensorRT-LLM keeps need not be its own."""
+        """Whether its blocks have to stay until all ranks have stored them."""
         with self._wall("request_finished"):
-            self._scheduler.forget(request.request_id)
+            return self._scheduler.finished(request.request_id)
         return False
 
     def request_finished_by_layer_group(
         self, request: Any, cache_block_ids_by_layer_group: list[list[int]]
     ) -> bool:
-        """Whether its blocks have to stay until all ranks have stored them."""
-        with self._wall("request_finished_by_layer_group"):
-            return self._scheduler.finished(request.request_id)
-        return False
+        """Likewise."""
+        return self.request_finished(request, [])
 
     @contextmanager
     def _wall(self, where: str) -> Iterator[None]:

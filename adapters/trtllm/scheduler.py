@@ -66,7 +66,7 @@ class Scheduler:
         """Requests whose promise is void, of which nothing more should be heard."""
         self._passes = 0
         self.keeps_blocks = False
-        """Whether a request that ends keeps its blocks until they are stored."""
+        """Whether a request that ends has its blocks until they are said to be stored."""
 
     def start(self) -> None:
         """Join the cache, now that the ranks are there; later again does nothing.
@@ -97,14 +97,10 @@ class Scheduler:
         tracked.waits = self._outside and tracked.promised > 0
         return tracked.promised, tracked.waits
 
-    def admitted(self, request_id: int, blocks: Iterable[int], most: int | None) -> None:
-        """A request has `blocks`, and will generate `most` tokens at most."""
+    def admitted(self, request_id: int, blocks: Iterable[int]) -> None:
+        """A request has `blocks`."""
         tracked = self._tracked.get(request_id)
-        if tracked is None:
-            return
-        if most is not None:
-            tracked.answer = most
-        if tracked.waits:
+        if tracked and tracked.waits:
             tracked.blocks = _pages(blocks)
             self._parked[request_id] = tracked
 
@@ -129,16 +125,17 @@ class Scheduler:
             self._let_go(request_id, tracked)
 
     def finished(self, request_id: int) -> bool:
-        """A request has ended; whether its blocks have to stay until they are stored."""
-        stays = self.keeps_blocks and self._storing.keep(request_id)
+        """A request has ended; whether the ranks have to be asked if its blocks are stored."""
+        is_stored = self._storing.end(request_id)
         self.forget(request_id)
-        return stays
+        return not is_stored
 
     # ---- passes
 
     def build(self, output: Any) -> Step | None:
         """What all ranks copy with this pass; None if that is nothing."""
         draft = Draft(self._attached() if self._joining else None)
+        draft.step.keeps_blocks = self.keeps_blocks
         self._passes += 1
         told = [data.request_id for data in (*output.new_requests, *output.cached_requests)]
         parked, self._parked = self._parked, {}
@@ -231,7 +228,7 @@ class Scheduler:
         cache = draft.cache
         if cache is None or cache is not tracked.cache or not self._stores:
             return
-        geometry, may_end = cache.geometry, tracked.may_end(valid)
+        geometry = cache.geometry
         tail = valid == tracked.prompt and self._config.save_unfull_chunk
         valid = min(valid, _whole(tracked.blocks) * geometry.page_tokens)
         stop = valid - valid % (geometry.page_tokens if tail else geometry.chunk_tokens)
@@ -244,8 +241,6 @@ class Scheduler:
         moves = moves_for(slots, geometry, tracked.blocks, 0, len(tracked.blocks))
         if moves:
             draft.step.stores.append((request_id, moves))
-            if may_end and not self.keeps_blocks:
-                draft.step.urgent.append(request_id)
 
     # ----
 

@@ -27,12 +27,12 @@ class Step:
     """Requests that may wait so for nothing, as none of what they were promised was wanted."""
     stores: list[tuple[int, list[Move]]] = field(default_factory=list)
     """By request."""
-    urgent: list[int] = field(default_factory=list)
-    """Requests that may be in no later pass."""
     running: list[int] = field(default_factory=list)
     """Requests of this pass that the last one they were in has stored something of."""
     gone: list[int] = field(default_factory=list)
     """Such requests that may be in no pass any more."""
+    keeps_blocks: bool = False
+    """Whether a request that ends has its blocks until they are said to be stored."""
     broken: str = ""
     """Why something that TensorRT-LLM counts on cannot be had, if that is so."""
 

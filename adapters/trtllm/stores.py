@@ -74,7 +74,7 @@ class Stores:
     TensorRT-LLM does not tell of every block that it takes back: a request may just stay away, and
     its blocks be another's before they have been copied. So a copy counts if its request is in a
     pass that has not ended when the copy has: then it had its blocks all the time. Or if it ended,
-    and TensorRT-LLM keeps its blocks until it is told that they have been copied.
+    and its blocks are nobody else's until it is said that they have been copied.
     """
 
     def __init__(self) -> None:

@@ -26,9 +26,9 @@ class Storing:
         if self._requests.pop(request_id, None):
             self._gone.append(request_id)
 
-    def keep(self, request_id: int) -> bool:
-        """A request ends, and may keep its blocks; whether they are still being stored."""
-        return self._requests.pop(request_id, None) is not None
+    def end(self, request_id: int) -> bool:
+        """A request ends, and has its blocks until its ranks are asked; whether all is stored."""
+        return self._requests.pop(request_id, None) is None
 
     def tell(self, step: Step, number: int, requests: Iterable[int]) -> list[int]:
         """Say so in the step of pass `number`, which these requests are in.
@@ -40,6 +40,5 @@ class Storing:
         for request in away:
             self.lose(request)
         step.gone, self._gone = self._gone, []
-        stored = {request for request, _ in step.stores} - set(step.urgent)
-        self._requests.update(dict.fromkeys(stored, number))
+        self._requests.update((request, number) for request, _ in step.stores)
         return away

@@ -26,8 +26,6 @@ class Tracked:
     stop: int
     """Up to which token it was promised to have; `local` for nothing."""
     hit: Hit | None = None
-    answer: int = 1
-    """Tokens that it may generate; as few as that if nobody says."""
     done: int = 0
     """Up to which token nothing need be stored."""
     sure: int = 0
@@ -40,12 +38,6 @@ class Tracked:
     """The number of the pass it was last in, or before which it was asked about."""
     since: float = field(default_factory=time.monotonic)
     """When it was asked about."""
-
-    def may_end(self, valid: int) -> bool:
-        """Whether a pass may be the last that knows the first `valid` tokens when it begins."""
-        # with TensorRT-LLM's overlap scheduler a pass knows one less than there are
-        said = valid - self.prompt + (1 if valid == self.prompt else 2)
-        return valid >= self.prompt and said >= self.answer
 
     @property
     def promised(self) -> int:

@@ -43,6 +43,8 @@ class Worker:
         self._grants = Grants(keeps_s=PROMISE_S, is_owed=lambda: self._outside.is_busy)
         self._is_idle = True
         """Whether no pass was begun since it was last asked what has ended."""
+        self._keeps_blocks = False
+        """Whether a request that ends has its blocks until they are said to be stored."""
         self._device: torch.device | None = None
         self._step: Step | None = None
         """The one whose pass is under way."""
@@ -70,6 +72,7 @@ class Worker:
         self._grants.take_back()
         if step is None:
             return
+        self._keeps_blocks = step.keeps_blocks
         self._stores.drop(step.gone)
         self._step, self._now = step, self._grants.current(step.attachment)
         if self._now and step.number:
@@ -89,8 +92,7 @@ class Worker:
     def finish(self, stream: Any) -> None:
         """The pass is on `stream`: begin to store what its step says. None if it failed.
 
-        On return the stores that passes before it have made of its requests have ended, and those
-        of requests that may end with it.
+        On return the stores that passes before it have made of its requests have ended.
         """
         step, now = self._step, self._now
         self._step = self._now = None
@@ -110,10 +112,14 @@ class Worker:
             if now and step.number:
                 for _ in range(left):
                     now.progress.end(step.number)
-        self._stores.settle(step.urgent)
 
     def stored(self, named: Iterable[int]) -> list[int]:
-        """The requests, of those that are or were named, whose blocks may go once settled."""
+        """The requests, of those that are or were named, whose blocks may go once settled.
+
+        All of them, where they have lost their blocks already, and the next pass may write there.
+        """
+        if not self._keeps_blocks:
+            return list(named)
         return self._stores.take_ended(named, is_idle=self._is_idle)
 
     def settle(self, ended: Container[int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 import time
 from types import SimpleNamespace
@@ -132,7 +131,6 @@ def test_the_next_pass_waits_for_them(start, slow):
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("new_tokens", [1, 2, 3])
 def test_what_its_last_pass_has_computed_is_stored(start, new_tokens, overlap):
-    """A request that may end with a pass waits for its stores."""
     with start(overlap=overlap, blocks=12) as engine:
         engine.hooks.polling = lambda executor: executor.memory.forget()
         engine.submit(prompt(128), new_tokens=new_tokens)
@@ -155,14 +153,11 @@ def test_what_it_has_generated_is_stored(start, monkeypatch, new_tokens, overlap
         engine.audit()
 
 
-def test_a_request_of_which_nobody_says_how_long_it_is(start, profile, monkeypatch):
-    about = importlib.import_module("standin_request")
-    monkeypatch.setattr(about.PythonRequest, "_NAMES", about.NATIVE | {"is_finished"})
+def test_of_a_request_that_is_cancelled_what_was_computed_is_stored(start):
     with start(blocks=12) as engine:
         engine.hooks.polling = lambda executor: executor.memory.forget()
         request = engine.submit(prompt(128), new_tokens=9)
         engine.step()
-        assert profile.layouts or not copies(engine)
         engine.cancel(request)
         engine.run()
         assert look_up(engine, prompt(130)) == 128
@@ -198,6 +193,60 @@ def test_a_request_that_ends_before_it_is_stored(start, slow, overlap, passes):
         run_others(engine)
         assert is_tidy(engine)
         engine.audit()
+
+
+@pytest.mark.parametrize("profile", ["v1_1", "v1_2", "v1_3", "main_v1"], indirect=True)
+class TestBlocksThatGo:
+    """Version 1 keeps what holds the same; a request's own nobody takes in the same iteration."""
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_are_stored_before_the_next_pass(self, start, slow, profile, ranks, overlap):
+        with start(blocks=12, ranks=ranks, overlap=overlap) as engine:
+            engine.hooks.polling = lambda executor: executor.memory.forget()
+            engine.submit(prompt(128), new_tokens=1)
+            engine.step(1 if overlap else 0)
+            last = threading.Thread(target=engine.step)
+            last.start()
+            last.join(0.1)
+            assert last.is_alive()
+            slow.may.set()
+            last.join(20)
+            if overlap and profile.surplus_forward:
+                assert polls(engine)[-1] == ([], [], [], [])  # the pass too many has waited
+            else:
+                assert polls(engine)[-1] == ([FIRST], [], [FIRST], [])
+            assert engine.trace.count("finished") == 1
+            assert is_tidy(engine)
+            assert look_up(engine, prompt(130)) == 128
+            engine.audit()
+            assert kept(engine) == 0
+
+    def test_as_those_that_are_kept_may_be_another_requests(self, start, slow):
+        with start(blocks=12) as engine:
+            engine.hooks.polling = lambda executor: executor.memory.forget()
+            engine.submit(prompt(120), new_tokens=20)
+            engine.submit(prompt(128), new_tokens=1)
+            running = threading.Thread(target=engine.run)
+            running.start()
+            running.join(0.1)
+            slow.may.set()
+            running.join(20)
+            assert any(FIRST + 7919 in named for named, *_ in polls(engine))
+            assert look_up(engine, prompt(130)) == 128
+            engine.audit()
+
+    def test_of_any_number_of_requests(self, start):
+        with start(max_num_tokens=600) as engine:
+            for seed in range(4):
+                engine.submit(prompt(128, seed), new_tokens=1)
+            engine.run()
+            stored = [request for poll in polls(engine) for request in poll[2]]
+            assert sorted(stored) == [FIRST + 7919 * n for n in range(4)]
+            assert kept(engine) == 0
+            for seed in range(4):
+                assert look_up(engine, prompt(130, seed)) == 128
+            engine.audit()
 
 
 @pytest.mark.parametrize("profile", ["main_v2"], indirect=True)

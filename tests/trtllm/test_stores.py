@@ -168,8 +168,8 @@ def test_nobody_waits_for_what_was_dropped_by_closing(rank):
 
 class TestStoring:
     @staticmethod
-    def tell(storing, number, requests, stores=(), urgent=()):
-        step = Step(stores=[(request, []) for request in stores], urgent=list(urgent))
+    def tell(storing, number, requests, stores=()):
+        step = Step(stores=[(request, []) for request in stores])
         away = storing.tell(step, number, requests)
         return step.running, step.gone, away
 
@@ -199,8 +199,10 @@ class TestStoring:
         assert self.tell(storing, 2, [7], stores=[7]) == ([], [7], [])
         assert self.tell(storing, 3, [7]) == ([7], [], [])
 
-    def test_what_is_urgent_needs_no_word(self):
+    def test_who_ends_is_stored_or_has_to_be_asked_about_once(self):
         storing = Storing()
-        self.tell(storing, 1, [7], stores=[7], urgent=[7])
+        self.tell(storing, 1, [7, 8], stores=[7, 8])
+        self.tell(storing, 2, [8])
+        assert [storing.end(request) for request in (7, 7, 8, 9)] == [False, True, True, True]
         storing.lose(7)
-        assert self.tell(storing, 2, []) == ([], [], [])
+        assert self.tell(storing, 3, []) == ([], [], [])
