@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache.core.errors import BackendClosed
@@ -35,6 +36,8 @@ class Head:
         self._size = size
         self._mutex = threading.Lock()
         self._segment: Segment | None = None
+        self._left: deque[Segment] = deque()
+        """Those that nobody writes to any more."""
         self._checked_s = 0.0
         self._closed = False
 
@@ -56,18 +59,21 @@ class Head:
         with self._mutex:
             room.segment.writers -= 1
             self._part_with(room.segment)
+        self._finish_left()
 
     def leave(self, number: int) -> None:
         """Write no more to a segment."""
         with self._mutex:
             if self._segment and self._segment.number == number:
                 self._change(None)
+        self._finish_left()
 
     def close(self) -> None:
         """Give out no more; closing twice is a no-op."""
         with self._mutex:
             self._closed = True
             self._change(None)
+        self._finish_left()
 
     def _with_room_for(self, size: int) -> Segment | None:
         if self._closed:
@@ -78,6 +84,7 @@ class Head:
         segment = self._claim(max(size, self._size))
         if not segment:
             self._change(None)  # it may have to make room
+            self._finish_left()
             segment = self._claim(size)
         if size <= self._size:
             self._change(segment)
@@ -97,4 +104,13 @@ class Head:
 
     def _part_with(self, segment: Segment) -> None:
         if segment is not self._segment and not segment.writers:
+            self._left.append(segment)
+
+    def _finish_left(self) -> None:
+        """Leave them to others. Without the mutex, as that takes time."""
+        while True:
+            try:
+                segment = self._left.popleft()
+            except IndexError:
+                return
             segment.finish(segment.end)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"([0-9a-f]{16})\.segment")
 _NO_FALLOCATE = (errno.EINVAL, errno.EOPNOTSUPP)
 _TOUCH_NS = 5 * 10**9
+_LITTLE = 16
+"""What is left behind its end may be one part of so many of a segment."""
 
 
 class Found(NamedTuple):
@@ -73,12 +75,15 @@ class Segment:
         self.size = size
 
     def finish(self, end: int) -> None:
-        """Leave it to others without what lies behind `end`. It counts as used as before."""
+        """Leave it to others, without what lies behind `end` if that is much of it.
+
+        It counts as used as before. Little is left there, as new blocks would be slower.
+        """
         try:
             found = os.fstat(self.fd)
             if not end:
                 self._unlink()
-            elif end < found.st_size:
+            elif found.st_size - end > found.st_size // _LITTLE:
                 os.ftruncate(self.fd, end)
                 os.utime(self.fd, ns=(found.st_atime_ns, found.st_mtime_ns))
         finally:
