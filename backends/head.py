@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 from lmcache.core.errors import BackendClosed
@@ -38,6 +39,7 @@ class Head:
         self._segment: Segment | None = None
         self._left: deque[Segment] = deque()
         """Those that nobody writes to any more."""
+        self._finishing = threading.Lock()
         self._checked_s = 0.0
         self._closed = False
 
@@ -59,7 +61,8 @@ class Head:
         with self._mutex:
             room.segment.writers -= 1
             self._part_with(room.segment)
-        self._finish_left()
+        if self._left:
+            self._finish_left()
 
     def leave(self, number: int) -> None:
         """Write no more to a segment."""
@@ -94,8 +97,10 @@ class Head:
         now_s = time.monotonic()
         if now_s < self._checked_s + _CHECK_S:
             return True
+        if not head.is_intact:
+            return False
         self._checked_s = now_s
-        return head.is_intact
+        return True
 
     def _change(self, segment: Segment | None) -> None:
         before, self._segment = self._segment, segment
@@ -107,10 +112,8 @@ class Head:
             self._left.append(segment)
 
     def _finish_left(self) -> None:
-        """Leave them to others. Without the mutex, as that takes time."""
-        while True:
-            try:
+        """Leave them to others. Who gives back does so without the mutex, as it takes time."""
+        with self._finishing, ExitStack() as each:  # an error in one does not leave out others
+            while self._left:
                 segment = self._left.popleft()
-            except IndexError:
-                return
-            segment.finish(segment.end)
+                each.callback(segment.finish, segment.end)

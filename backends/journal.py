@@ -75,11 +75,14 @@ class Journal:
             file = self._open()
         file.is_heard = True  # there is nothing before that it could void
         self._file: _File | None = file
+        """What is followed."""
+        self._end: _File | None = file
+        """What is appended to, by other threads meanwhile; it may be one that counts no more."""
 
     @property
     def records(self) -> int:
         """How many there are, as far as they have been followed."""
-        return self._ours().followed // _RECORD.size
+        return self._opened(self._file).followed // _RECORD.size
 
     def news(self) -> Iterator[tuple[bytes, int, int, int, int]]:
         """Records that were appended since; first a `VOID` if nothing that came before holds."""
@@ -100,10 +103,11 @@ class Journal:
 
         Any number of threads at once, whatever others do.
         """
-        file, raw = self._ours(), _packed(record)
+        file, raw = self._opened(self._end), _packed(record)
         _write(file.fd, raw)
         while self._named() != file.name:  # too late for who put another in its place
-            self._file = file = self._open()
+            self._end = file = self._open()
+            self._let_go_if_closed()
             _write(file.fd, raw)
 
     def rewrite(self, records: Iterable[Record]) -> None:
@@ -112,21 +116,23 @@ class Journal:
         With the directory locked. What others append meanwhile follows, unless we are killed
         in the moment between: then those objects are lost.
         """
-        before, new = self._ours(), self._create()
+        before, new = self._opened(self._file), self._create()
+        followed = before.followed
         try:
             _write(new.fd, b"".join(map(_packed, records)))
             before.pass_on(new.fd)
             self._appoint(new)
             before.pass_on(new.fd)
         finally:
+            before.followed = followed  # what was passed on is still news, should this one stay
             self.tidy()
 
     def tidy(self) -> None:
         """Cut off half a record, and remove files that do not count. With the directory locked."""
-        fd = self._ours().fd
-        size = _size(fd)
+        file = self._opened(self._file)
+        size = _size(file.fd)
         if size % _RECORD.size:
-            os.ftruncate(fd, size // _RECORD.size * _RECORD.size)
+            os.ftruncate(file.fd, size // _RECORD.size * _RECORD.size)
         for name in filter(_OURS.fullmatch, os.listdir(self._directory)):
             if name != self._named():
                 os.unlink(f"{self._directory}/{name}")
@@ -134,10 +140,13 @@ class Journal:
     def close(self) -> None:
         """Let go of the file; all else raises `BackendClosed` then. Any thread, at any time."""
         self._closed = True
-        self._file = None
+        self._let_go_if_closed()
 
-    def _ours(self) -> _File:
-        file = self._file
+    def _let_go_if_closed(self) -> None:
+        if self._closed:
+            self._file = self._end = None
+
+    def _opened(self, file: _File | None) -> _File:
         if self._closed or file is None:
             raise BackendClosed(f"{self._path!r} is closed")
         return file
@@ -174,15 +183,16 @@ class Journal:
 
     def _look(self) -> tuple[_File | None, int]:
         """The file that counts now, and its size."""
-        file = self._ours()
+        file = self._opened(self._file)
         if self._named() == file.name and (size := _size(file.fd)) >= file.followed:
             return file, size
         try:
-            self._file = file = self._open()
+            self._file = self._end = opened = self._open()
         except BackendError:  # the directory is gone, or will be in a moment
             file.followed, file.is_heard = 0, False  # it may come back
             return None, 0
-        return file, _size(file.fd)
+        self._let_go_if_closed()
+        return opened, _size(opened.fd)
 
 
 class _File:

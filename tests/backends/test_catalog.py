@@ -123,3 +123,23 @@ def test_closed_means_closed(path):
     for call in (catalog.find, catalog.remove, lambda k: catalog.store(k, Place(1, 2, 3))):
         with pytest.raises(BackendClosed):
             call(key(1))
+
+
+def test_what_is_stored_while_the_journal_cannot_be_shortened_is_known(catalog, monkeypatch):
+    create = Journal._create
+
+    def create_slowly(journal):
+        catalog.store(key(2), Place(7, 4096, 100))
+        return create(journal)
+
+    def no_room(*args):
+        raise OSError(errno.ENOSPC, "no room")
+
+    for _ in range(9):
+        catalog.store(key(1), Place(7, 0, 100))
+    monkeypatch.setattr("lmcache.backends.catalog._SLACK", 0)
+    monkeypatch.setattr(Journal, "_create", create_slowly)
+    monkeypatch.setattr(os, "symlink", no_room)
+    catalog.shorten()
+    assert catalog.find(key(2)) == Place(7, 4096, 100)
+    assert catalog.find(key(1)) == Place(7, 0, 100)

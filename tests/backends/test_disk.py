@@ -191,6 +191,19 @@ class TestFiles:
                     assert put(new, n, 100_000)
                     assert got(new, n) == pattern(n, 100_000)
 
+    def test_that_are_moved_away_are_filled_no_more(self, tmp_path):
+        root = tmp_path / "cache"
+        with open_at(root) as old:
+            assert put(old, 1, 5000)
+            root.rename(tmp_path / "old")
+            with open_at(root) as new:
+                time.sleep(NOTICED_S)
+                assert put(new, 2, 5000)
+                for _ in range(3):
+                    with pytest.raises(BackendError, match="was removed; open the backend again"):
+                        put(old, 2, 5000)
+                assert got(new, 2) == pattern(2, 5000)
+
     @pytest.mark.parametrize("gone", ["", "/lock", "/journal"], ids=["all", "lock", "journal"])
     def test_whose_directory_is_gone_are_an_error_that_says_so(self, tmp_path, gone):
         root = tmp_path / "cache"

@@ -6,7 +6,7 @@ import os
 import threading
 import zlib
 from contextlib import suppress
-from itertools import count
+from itertools import count, islice
 
 import pytest
 from hypothesis import given
@@ -182,6 +182,41 @@ def test_threads_that_append_through_one_of_them_lose_nothing(path):
     last = Journal(path)
     assert {found[0] for found in last.news()} == {record(n).key for n in range(3000)}
     for each in (journal, rewriter, last):
+        each.close()
+
+
+def test_who_appends_too_late_changes_nothing_that_is_followed(path, monkeypatch):
+    journal, other = Journal(path), Journal(path)
+    opened = [threading.Event(), threading.Event()]
+    may = [threading.Event(), threading.Event()]
+    steps, really_open = iter(zip(opened, may, strict=True)), Journal._open
+
+    def open_slowly(of):
+        file = really_open(of)
+        if threading.current_thread() is late:
+            for is_open, may_go_on in islice(steps, 1):
+                is_open.set()
+                assert may_go_on.wait(20)
+        return file
+
+    monkeypatch.setattr(Journal, "_open", open_slowly)
+    other.append(record(1))
+    list(other.news())
+    other.rewrite([record(1)])
+    late = threading.Thread(target=journal.append, args=(record(2),))
+    late.start()
+    assert opened[0].wait(20)
+    list(other.news())
+    other.rewrite([])
+    assert list(journal.news()) == [VOID]
+    may[0].set()
+    assert opened[1].wait(20)
+    journal.rewrite([])
+    may[1].set()
+    late.join(20)
+    last = Journal(path)
+    assert list(last.news()) == [record(2)]
+    for each in (journal, other, last):
         each.close()
 
 
