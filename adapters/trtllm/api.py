@@ -22,6 +22,12 @@ TELLS_OF_CANCELS = hasattr(KvCacheConnectorScheduler, "request_reset")
 Where it is, a request that is cancelled keeps its blocks until its load is over.
 """
 
+FORGETS_STORES = not hasattr(KvCacheConnectorWorker, "register_forward_pass_callable")
+"""Whether, of requests that are said to be stored at once, all but the first keep their blocks.
+
+So it is in 1.1, which is too old for that hook.
+"""
+
 
 def rank() -> int:
     """Of this process, or thread, among those that run one engine."""
@@ -39,6 +45,7 @@ def from_all(text: str) -> list[str]:
 
 
 __all__ = [
+    "FORGETS_STORES",
     "TELLS_OF_CANCELS",
     "KvCacheConnectorScheduler",
     "KvCacheConnectorWorker",

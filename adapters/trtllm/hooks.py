@@ -117,14 +117,19 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
         """Whether its blocks have to stay until all ranks have stored them."""
         with self._wall("request_finished"):
-            return self._scheduler.finished(request.request_id)
+            if cache_block_ids:
+                return self._scheduler.finished(request.request_id)
+            self._scheduler.forget(request.request_id)  # it has lost them before
         return False
 
     def request_finished_by_layer_group(
         self, request: Any, cache_block_ids_by_layer_group: list[list[int]]
     ) -> bool:
         """Likewise."""
-        return self.request_finished(request, [])
+        with self._wall("request_finished_by_layer_group"):
+            [block_ids] = cache_block_ids_by_layer_group
+            return self.request_finished(request, block_ids)
+        return False
 
     @contextmanager
     def _wall(self, where: str) -> Iterator[None]:
@@ -152,6 +157,8 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
         # only the leader has a scheduler, whose name for the engine counts
         self._engine_id = "" if self._rank else engine_id_for(llm_args, "worker")
         self._worker = Worker()
+        self._stored: list[int] = []
+        """Requests that are stored, of which we have not told."""
         LIVE.add(self)
 
     def register_kv_caches(self, kv_cache_tensor: torch.Tensor) -> None:
@@ -215,7 +222,13 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
         self._abandon()
         stored = self._worker.stored(finished_gen_req_ids)
         self._settle(stored)
-        return stored, self._worker.loaded(started_loading_req_ids)
+        return self._to_tell(stored), self._worker.loaded(started_loading_req_ids)
+
+    def _to_tell(self, stored: list[int]) -> list[int]:
+        stored = self._stored + stored
+        first = 1 if api.FORGETS_STORES else len(stored)
+        self._stored = stored[first:]
+        return stored[:first]
 
     @guarded(nothing)
     def _settle(self, stored: list[int]) -> None:

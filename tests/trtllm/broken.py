@@ -233,7 +233,7 @@ class HoldsUpItsPass(Worker):
 
 class ReportsUnasked(Worker):
     def get_finished(self, finished_gen_req_ids, started_loading_req_ids):
-        self.granted |= {save[0].id for save in self.saving}
+        self.granted += {save[0].id for save in self.saving}.difference(self.granted)
         return super().get_finished(finished_gen_req_ids, started_loading_req_ids)
 
 

@@ -32,6 +32,8 @@ CHOICES = SimpleNamespace(
     polls=2,  # how often somebody must ask about what comes later
     slow={},  # and how much more often on some ranks
     states=16,  # requests may end without a word, so there is a bound
+    # the oldest version, which has no such hook, forgets all but one of those that end at once
+    one_by_one=not hasattr(KvCacheConnectorWorker, "register_forward_pass_callable"),
 )
 
 
@@ -212,7 +214,7 @@ class Worker(KvCacheConnectorWorker):
         self.rank = tensorrt_llm.mpi_rank()
         self.polls = CHOICES.polls + CHOICES.slow.get(self.rank, 0)
         self.groups, self.saves = [], []
-        self.saving, self.granted, self.loading = [], set(), {}
+        self.saving, self.granted, self.loading = [], [], {}
 
     def register_kv_caches(self, kv_cache_tensor):
         self.groups = [[kv_cache_tensor.flatten(1)]]
@@ -288,15 +290,16 @@ class Worker(KvCacheConnectorWorker):
             STORE.put(*chunk)
 
     def get_finished(self, finished_gen_req_ids, started_loading_req_ids):
-        self.granted |= set(finished_gen_req_ids)
+        self.granted += finished_gen_req_ids
         for save in list(self.saving):
             save[1] -= 1
             if save[1] <= 0 and save[2].query():
                 self.put(save[3] or self.read(save[0]))
                 self.saving.remove(save)
         busy = {save[0].id for save in self.saving}
-        saved = sorted(self.granted - busy)
-        self.granted -= set(saved)
+        due = self.granted[:1] if CHOICES.one_by_one else self.granted
+        saved = [each for each in due if each not in busy]
+        self.granted = [each for each in self.granted if each not in saved]
         return saved, self.loaded()
 
     def loaded(self):

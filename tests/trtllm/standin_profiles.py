@@ -40,7 +40,7 @@ class Profile:
     drains_loads: bool = False
     """A cancelled request keeps its blocks until its load is over."""
     one_release: bool = False
-    """At most one finished save takes effect in an iteration."""
+    """Of the saves that end in an iteration one takes effect, and the others never do."""
     cuda_graphs: bool = True
     waits_for_start: bool = False
     refuses_parallel: bool = False

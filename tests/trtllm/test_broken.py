@@ -225,6 +225,18 @@ def test_a_save_that_does_not_wait_for_its_pass(profile):
             engine.audit()
 
 
+@only("v1_1")
+def test_saves_that_end_at_once_where_all_but_one_are_forgotten(profile, choose):
+    choose(saves_later=True, one_by_one=False)
+    with Engine(profile, Plug("minimal")) as engine:
+        engine.submit(prompt(128))
+        engine.run()  # one at a time is well
+        for seed in range(2):
+            engine.submit(prompt(128, seed=3 + seed))
+        with caught(engine, "ids: .* end at once"):
+            engine.run()
+
+
 @only(*UNTOLD)
 def test_a_cancelled_request_is_saved_after_its_blocks_are_freed(profile, choose):
     choose(saves_later=True, stages=False)
