@@ -268,7 +268,7 @@ class TestBlocksThatStay:
             engine.step_until(lambda: polls(engine)[-1][2])
             assert polls(engine)[-1] == ([], [], [FIRST], [])
             assert engine.trace.count("finished") == 1
-            assert is_tidy(engine)
+            engine.step_until(lambda: is_tidy(engine))  # the other rank may be slower
             assert look_up(engine, prompt(130)) == 128
             engine.audit()
             assert kept(engine) == 0

@@ -62,6 +62,7 @@ def test_who_is_idle_waits_for_a_load(loads, gate, monkeypatch):
 
 def test_what_failed_is_raised(loads):
     loads.submit(7, lambda: 1 / 0)
+    assert loads._loads[7].exception(10)
     with pytest.raises(ZeroDivisionError):
         loads.take_ended([7], is_idle=True)
     assert loads.take_ended([], is_idle=False) == []
