@@ -34,8 +34,8 @@ FIGURES = ("put_gb_s", "put_p50_ms", "put_p99_ms", "get_gb_s", "get_p50_ms", "ge
 REST_S = 1.0
 
 BESIDE = {
-    "put_of_fio": ("warm_put_gb_s", "fio_put_gb_s"),
-    "put_of_fio_again": ("warm_put_gb_s", "fio_again_put_gb_s"),
+    "put_of_fio": ("put_gb_s", "fio_put_gb_s"),
+    "put_of_fio_again": ("put_gb_s", "fio_again_put_gb_s"),
     "get_of_fio": ("get_gb_s", "fio_get_gb_s"),
 }
 """Each is what the backend reaches of what fio does."""
@@ -82,7 +82,7 @@ def in_turns(
         _rest()
         figures = measure(store, *case)
         if fio:
-            figures |= {"warm_put_gb_s": warm_put(store, *case)} | fio.measure(*case)
+            figures |= fio.measure(*case)
             for name, (ours, theirs) in BESIDE.items():
                 # of one turn: what the machine does besides changes from one to the next
                 figures[name] = figures[ours] / figures[theirs]
@@ -130,17 +130,6 @@ def measure(store: StorageBackend, size: int, depth: int, count: int) -> dict[st
     }
 
 
-def warm_put(store: StorageBackend, size: int, depth: int, count: int) -> float:
-    """GB/s of puts of which each thread has the bytes of one, as each of fio's has."""
-    keys = [ChunkKey(os.urandom(32)) for _ in range(count)]
-    given = _rows(depth, size)
-    given[:] = np.random.default_rng().integers(0, 256, (depth, size), np.uint8)
-    views = [memoryview(row) for row in given]
-    puts = Calls(depth, count, lambda n: store.put(keys[n], views[n % depth]))
-    _remove(store, keys)
-    return puts.figures("put", size)["put_gb_s"]
-
-
 def _rows(count: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Memory such as the cache gives to a backend: shared, and every row begins a page."""
     stride = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -185,7 +174,6 @@ class Calls:
 def _shown(rows: list[dict[str, Any]]) -> str:
     header = ["size", "depth", "objects", "refused", "missed", "wrong", *FIGURES, "memcpy_gb_s"]
     if "put_of_fio" in rows[0]:
-        header.append("warm_put_gb_s")
         header += [column for name, (_, theirs) in BESIDE.items() for column in (theirs, name)]
     cells = [[row[name] for name in header] for row in rows]
     shown = [[f"{c:.3f}" if isinstance(c, float) else c for c in line] for line in cells]

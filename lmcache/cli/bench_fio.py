@@ -3,7 +3,7 @@
 Each of its threads writes one file, request by request, with blocks that are allotted before and
 were never written; reads what it wrote; and writes it again. It passes the page cache if the
 backend does. Of memory it needs one request for each thread, which mostly stays in the processor's
-cache; so do the puts that it is compared with. Reads go to as much memory as they fill.
+cache; the backend's requests come from as much memory as they fill.
 """
 
 from __future__ import annotations
