@@ -52,12 +52,11 @@ class DiskBackend(StorageBackend):
     memory that they would take there is better given to the cache.
 
     An object is there once a record says so that follows its bytes, so it is whole or absent
-    whenever a process is killed. Nothing is flushed to the device: after a power failure an object
-    may hold other bytes, which its checksum tells the tier; or after somebody has cut the file that
-    was being filled. One that goes while it is read is a
-    miss; only then may a miss have changed the buffer. What is discarded as damaged is not found
-    again, and lies there until room is needed. Files are for their owner alone, and for processes
-    of one machine. Not for use across a fork.
+    whenever a process is killed. Nothing is flushed to the device: after a power failure, or when
+    somebody has cut a file that is being filled, an object may hold other bytes, which its checksum
+    tells the tier. One that goes while it is read is a miss; only then may a miss have changed the
+    buffer. What is discarded as damaged is not found again, and lies there until room is needed.
+    Files are for their owner alone, and for processes of one machine. Not for use across a fork.
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(persistent=True, shared=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lmcache.backends.segments import Segment
 
 _CHECK_S = 0.1
+"""How long a segment that was there is taken to be: asking costs as much as all else here."""
 
 
 class Room(NamedTuple):

@@ -44,7 +44,7 @@ class Worker:
         self._is_idle = True
         """Whether no pass was begun since it was last asked what has ended."""
         self._keeps_blocks = False
-        """Whether a request that ends has its blocks until they are said to be stored."""
+        """As the last step said."""
         self._device: torch.device | None = None
         self._step: Step | None = None
         """The one whose pass is under way."""
