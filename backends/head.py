@@ -30,7 +30,7 @@ class Head:
     """Gives out room in segments of `size` bytes, which `claim` makes; any number of threads.
 
     An object that is larger has a segment of its own. What is full is left to others when its last
-    object has been written, without what it did not need.
+    object has been written, without what it did not need, if that is much.
     """
 
     def __init__(self, claim: Callable[[int], Segment | None], size: int) -> None:
