@@ -113,8 +113,8 @@ class Journal:
     def rewrite(self, records: Iterable[Record]) -> None:
         """Put a file that says `records` in place of this one, all of which has been followed.
 
-        With the directory locked. What others append meanwhile follows, unless we are killed
-        in the moment between: then those objects are lost.
+        With the directory locked. What others append meanwhile follows, unless we are killed, or
+        the last room is taken, in the moment between: then those objects are lost.
         """
         before, new = self._opened(self._file), self._create()
         followed = before.followed

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lmcache.adapters.trtllm import api
+from lmcache.adapters.trtllm.board import Board
 from lmcache.adapters.trtllm.meeting import LIVE, engine_id_for
 from lmcache.adapters.trtllm.scheduler import Scheduler
 from lmcache.adapters.trtllm.settings import PASSED_ON, load_settings
@@ -16,6 +17,7 @@ from lmcache.adapters.trtllm.translate import (
     layout_of,
     namespace_of,
     page_tokens_of,
+    ranks_of,
     regions_layout,
 )
 from lmcache.adapters.trtllm.worker import Worker
@@ -52,12 +54,19 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
         config = settings.loaded.config
         engine_id = engine_id_for(llm_args, "scheduler")
         namespace = namespace_of(llm_args, config)
+        self._board = board = Board.create(engine_id, ranks_of(llm_args))
+
+        def join() -> Joining[Any]:
+            board.remove()  # all ranks have it
+            return self._join(engine_id, settings, namespace)
+
         self._scheduler = Scheduler(
             config,
             namespace,
             engine_id,
-            lambda: self._join(engine_id, settings, namespace),
+            join,
             page_tokens=page_tokens_of(llm_args),
+            has_copied=board.wait,
             tells_of_cancels=api.TELLS_OF_CANCELS,
             outside=self.LOADS_OUTSIDE and api.TELLS_OF_CANCELS,
         )
@@ -142,6 +151,7 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
     def shutdown(self) -> None:
         """Let go of everything; again does nothing."""
         LIVE.discard(self)
+        self._board.remove()
         self._scheduler.close()
 
 
@@ -181,7 +191,7 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
         """
         engine_id, problem = api.from_leader(self._engine_id), ""
         try:
-            self._worker.open(engine_id, self._rank, *look())
+            self._worker.open(engine_id, self._rank, Board(engine_id), *look())
         except LMCacheError as error:
             problem = str(error)
         except Exception as error:

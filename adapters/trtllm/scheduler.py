@@ -40,11 +40,14 @@ class Scheduler:
         join: Callable[[], Joining[Any]],
         *,
         page_tokens: int,
+        has_copied: Callable[[int], bool],
         tells_of_cancels: bool,
         outside: bool,
     ) -> None:
         """`join` is called when the ranks are sure to be there.
 
+        `has_copied(number)` waits until no rank reads what a pass stores any more, and says whether
+        that is so.
         With `tells_of_cancels`, requests that will not run are told to `forget`, and others may
         wait for their first pass; else a promise that the next pass does not take is void.
         With `outside`, which needs that, requests wait for their loads outside the batch.
@@ -52,6 +55,7 @@ class Scheduler:
         self._config = config
         self._matcher = Matcher(config, namespace, engine_id, page_tokens)
         self._join = join
+        self._has_copied = has_copied
         self._page_tokens = page_tokens
         self._tells = tells_of_cancels
         self._outside = outside
@@ -66,7 +70,7 @@ class Scheduler:
         """Requests whose promise is void, of which nothing more should be heard."""
         self._passes = 0
         self.keeps_blocks = False
-        """Whether a request that ends has its blocks until they are said to be stored."""
+        """Whether a request that ends has its blocks until the ranks say that they are stored."""
 
     def start(self) -> None:
         """Join the cache, now that the ranks are there; later again does nothing.
@@ -126,17 +130,20 @@ class Scheduler:
 
     def finished(self, request_id: int) -> bool:
         """A request has ended; whether the ranks have to be asked if its blocks are stored."""
-        is_stored = self._storing.end(request_id)
+        last = self._storing.last(request_id)
+        asks = last > 0 and (self.keeps_blocks or self._has_copied(last))
+        if asks:
+            self._storing.end(request_id)
         self.forget(request_id)
-        return not is_stored
+        return asks
 
     # ---- passes
 
     def build(self, output: Any) -> Step | None:
         """What all ranks copy with this pass; None if that is nothing."""
         draft = Draft(self._attached() if self._joining else None)
-        draft.step.keeps_blocks = self.keeps_blocks
         self._passes += 1
+        draft.step.pass_number = self._passes
         told = [data.request_id for data in (*output.new_requests, *output.cached_requests)]
         parked, self._parked = self._parked, {}
         try:
@@ -150,7 +157,7 @@ class Scheduler:
                     tracked.blocks += _pages(blocks_of(data))
                     self._go_on(draft, tracked, data, data.computed_position)
             self._drop_unseen()
-            for away in self._storing.tell(draft.step, self._passes, told):
+            for away in self._storing.tell(draft.step, told):
                 if tracked := self._tracked.get(away):
                     tracked.done = tracked.sure
             return draft.depart()

@@ -31,8 +31,8 @@ class Step:
     """Requests of this pass that the last one they were in has stored something of."""
     gone: list[int] = field(default_factory=list)
     """Such requests that may be in no pass any more."""
-    keeps_blocks: bool = False
-    """Whether a request that ends has its blocks until they are said to be stored."""
+    pass_number: int = 0
+    """Counted by the leader, from its first pass on."""
     broken: str = ""
     """Why something that TensorRT-LLM counts on cannot be had, if that is so."""
 

@@ -74,7 +74,7 @@ class Stores:
     TensorRT-LLM does not tell of every block that it takes back: a request may just stay away, and
     its blocks be another's before they have been copied. So a copy counts if its request is in a
     pass that has not ended when the copy has: then it had its blocks all the time. Or if it ended,
-    and its blocks are nobody else's until it is said that they have been copied.
+    and the leader has said that its blocks are its own until they have been read: see `Board`.
     """
 
     def __init__(self) -> None:
@@ -91,6 +91,10 @@ class Stores:
         with self._lock:
             self._watch()
             self._copies[copy] = self._pool.submit(copy.make)
+
+    def afterwards(self, call: Callable[[], None]) -> None:
+        """Have something called when the copies submitted so far are over, dropped or not."""
+        self._pool.submit(call)
 
     def take_ended(self, named: Iterable[int], *, is_idle: bool) -> list[int]:
         """The requests, of those that are or were named, whose copies have all been made.

@@ -26,15 +26,20 @@ class Storing:
         if self._requests.pop(request_id, None):
             self._gone.append(request_id)
 
-    def end(self, request_id: int) -> bool:
-        """A request ends, and has its blocks until its ranks are asked; whether all is stored."""
-        return self._requests.pop(request_id, None) is None
+    def last(self, request_id: int) -> int:
+        """The pass that may still be storing something of a request; 0 if there is none."""
+        return self._requests.get(request_id, 0)
 
-    def tell(self, step: Step, number: int, requests: Iterable[int]) -> list[int]:
-        """Say so in the step of pass `number`, which these requests are in.
+    def end(self, request_id: int) -> None:
+        """A request ends, and its ranks will be asked."""
+        self._requests.pop(request_id, None)
+
+    def tell(self, step: Step, requests: Iterable[int]) -> list[int]:
+        """Say so in the step of a pass that these requests are in.
 
         Returns those that have been away for too long.
         """
+        number = step.pass_number
         step.running += [request for request in requests if self._requests.pop(request, None)]
         away = [request for request, last in self._requests.items() if number - last > AWAY]
         for request in away:

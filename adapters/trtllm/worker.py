@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lmcache.adapters.trtllm.board import Board
     from lmcache.adapters.trtllm.step import Step
     from lmcache.core.grants import Granted
     from lmcache.core.kernels.staging import Event
@@ -43,8 +44,8 @@ class Worker:
         self._grants = Grants(keeps_s=PROMISE_S, is_owed=lambda: self._outside.is_busy)
         self._is_idle = True
         """Whether no pass was begun since it was last asked what has ended."""
-        self._keeps_blocks = False
-        """As the last step said."""
+        self._board: Board | None = None
+        self._rank = 0
         self._device: torch.device | None = None
         self._step: Step | None = None
         """The one whose pass is under way."""
@@ -52,9 +53,15 @@ class Worker:
         """For that step; None if the slab it was planned for is not mapped."""
 
     def open(
-        self, engine_id: str, rank: int, layout: PageLayout, tensors: Sequence[torch.Tensor]
+        self,
+        engine_id: str,
+        rank: int,
+        board: Board,
+        layout: PageLayout,
+        tensors: Sequence[torch.Tensor],
     ) -> None:
         """Begin to wait for a scheduling side. Raises `LayoutError` if a copy would be wrong."""
+        self._board, self._rank = board, rank
         self._device = tensors[0].device
         if self._device.type not in DEVICES:
             raise LayoutError(f"blocks on a {self._device.type} device cannot be stored meanwhile")
@@ -72,7 +79,6 @@ class Worker:
         self._grants.take_back()
         if step is None:
             return
-        self._keeps_blocks = step.keeps_blocks
         self._stores.drop(step.gone)
         self._step, self._now = step, self._grants.current(step.attachment)
         if self._now and step.number:
@@ -112,14 +118,11 @@ class Worker:
             if now and step.number:
                 for _ in range(left):
                     now.progress.end(step.number)
+            if stream is not None and step.stores:
+                self._note(step.pass_number)
 
     def stored(self, named: Iterable[int]) -> list[int]:
-        """The requests, of those that are or were named, whose blocks may go once settled.
-
-        All of them, where they have lost their blocks already, and the next pass may write there.
-        """
-        if not self._keeps_blocks:
-            return list(named)
+        """The requests, of those that are or were named, whose blocks may go once settled."""
         return self._stores.take_ended(named, is_idle=self._is_idle)
 
     def settle(self, ended: Container[int]) -> None:
@@ -191,6 +194,15 @@ class Worker:
         after, tokens = stream.record_event(), self._tokens(moves)
         copy = Copy(request_id, moves, now, number, tokens, after, waits=self._is_on_host)
         self._stores.submit(copy)
+
+    def _note(self, number: int) -> None:
+        """Have the leader see when what this pass stores has been copied."""
+        board, rank = self._board, self._rank
+        if board is None:
+            return
+        if rank == 0:
+            board.begin(number)
+        self._stores.afterwards(lambda: board.note(rank, number))
 
     @property
     def _is_on_host(self) -> bool:

@@ -27,8 +27,6 @@ class Executor:
         self.admission = Admission(self.requests, profile, options, manager, self.memory)
         self.saving = {}
         """The blocks of ended requests whose saves are not over."""
-        self.freed = []
-        """Those that they had, and that nobody takes before the next iteration."""
         self.before = None
         """Under overlap, the batch whose tokens are still to be read."""
 
@@ -178,15 +176,11 @@ class Executor:
 
     def _keep(self, request):
         """Version 2 keeps a request's blocks, version 1 what is known to be the same."""
-        kept = tables = [list(table) for table in request.tables]
-        if not self.profile.layouts:
-            if request.is_cancelled:
-                self.memory.learn(request, min(request.position, len(request.tokens) - 1))
-            kept = self.memory.known(request)
-            self.memory.hold(tables)
-            self.freed.append(tables)
+        if request.is_cancelled and not self.profile.layouts:
+            self.memory.learn(request, min(request.position, len(request.tokens) - 1))
+        kept = request.tables if self.profile.layouts else self.memory.known(request)
         self.memory.hold(kept)
-        self.saving[request.id] = kept
+        self.saving[request.id] = [list(table) for table in kept]
 
     def _drop(self, request):
         request.is_gone = True
@@ -202,10 +196,7 @@ class Executor:
             self._loaded(request)
         for request in saved:
             self.memory.release(self.saving.pop(request.id, []))
-        freed, self.freed = self.freed, []
-        for tables in freed:
-            self.memory.release(tables)
-        if saved or freed:
+        if saved:
             self.stream.synchronize()
 
     def _loaded(self, request):

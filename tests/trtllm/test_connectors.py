@@ -592,10 +592,10 @@ class TestRefusals:
         worker = importlib.import_module("lmcache.adapters.trtllm.worker").Worker
         opened = worker.open
 
-        def open_(self, engine_id, rank, layout, tensors):
+        def open_(self, engine_id, rank, *others):
             if rank == 1:
                 raise error("not here")
-            opened(self, engine_id, rank, layout, tensors)
+            opened(self, engine_id, rank, *others)
 
         monkeypatch.setattr(worker, "open", open_)
         with pytest.raises(ExecutorDied, match="not here"):

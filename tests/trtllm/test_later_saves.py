@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from driver import Engine, prompt
 from ours import in_process, with_server
 from suite import polls, queries
 
+from lmcache.adapters.trtllm.board import Board
 from lmcache.core.mover import Mover
 
 FIRST = 7_000_001
@@ -197,11 +199,11 @@ def test_a_request_that_ends_before_it_is_stored(start, slow, overlap, passes):
 
 @pytest.mark.parametrize("profile", ["v1_1", "v1_2", "v1_3", "main_v1"], indirect=True)
 class TestBlocksThatGo:
-    """Version 1 keeps what holds the same; a request's own nobody takes in the same iteration."""
+    """Version 1 keeps what holds the same, so a request's own are read before it has ended."""
 
     @pytest.mark.parametrize("ranks", [1, 2])
     @pytest.mark.parametrize("overlap", [False, True])
-    def test_are_stored_before_the_next_pass(self, start, slow, profile, ranks, overlap):
+    def test_are_read_before_their_request_has_ended(self, start, slow, profile, ranks, overlap):
         with start(blocks=12, ranks=ranks, overlap=overlap) as engine:
             engine.hooks.polling = lambda executor: executor.memory.forget()
             engine.submit(prompt(128), new_tokens=1)
@@ -210,6 +212,7 @@ class TestBlocksThatGo:
             last.start()
             last.join(0.1)
             assert last.is_alive()
+            assert engine.trace.count("finished") == 0
             slow.may.set()
             last.join(20)
             if overlap and profile.surplus_forward:
@@ -222,18 +225,38 @@ class TestBlocksThatGo:
             engine.audit()
             assert kept(engine) == 0
 
-    def test_as_those_that_are_kept_may_be_another_requests(self, start, slow):
-        with start(blocks=12) as engine:
+    @pytest.mark.parametrize("late", [0, 1])
+    def test_as_those_that_are_kept_may_be_another_requests(self, start, monkeypatch, late):
+        """On every rank, however late it is."""
+        store = Mover.store
+
+        def slow_on_one(mover, *args):
+            if is_later() and mover._slice == late:
+                time.sleep(0.1)
+            return store(mover, *args)
+
+        monkeypatch.setattr(Mover, "store", slow_on_one)
+        with start(blocks=12, ranks=2) as engine:
             engine.hooks.polling = lambda executor: executor.memory.forget()
             engine.submit(prompt(120), new_tokens=20)
             engine.submit(prompt(128), new_tokens=1)
-            running = threading.Thread(target=engine.run)
-            running.start()
-            running.join(0.1)
-            slow.may.set()
-            running.join(20)
+            engine.run()
             assert any(FIRST + 7919 in named for named, *_ in polls(engine))
             assert look_up(engine, prompt(130)) == 128
+            engine.audit()
+
+    def test_or_do_not_count_if_that_takes_too_long(self, start, slow, monkeypatch):
+        with start(blocks=12) as engine:
+            monkeypatch.setattr(sys.modules[Board.__module__], "COPIED_S", 0.05)
+            engine.hooks.polling = lambda executor: executor.memory.forget()
+            engine.submit(prompt(128), new_tokens=1)
+            engine.step()
+            assert polls(engine)[-1] == ([], [], [], [])
+            assert kept(engine) == 0
+            slow.may.set()
+            run_others(engine)
+            assert is_tidy(engine)
+            assert look_up(engine, prompt(130)) == 0
             engine.audit()
 
     def test_of_any_number_of_requests(self, start):

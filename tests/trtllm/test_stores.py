@@ -169,8 +169,8 @@ def test_nobody_waits_for_what_was_dropped_by_closing(rank):
 class TestStoring:
     @staticmethod
     def tell(storing, number, requests, stores=()):
-        step = Step(stores=[(request, []) for request in stores])
-        away = storing.tell(step, number, requests)
+        step = Step(stores=[(request, []) for request in stores], pass_number=number)
+        away = storing.tell(step, requests)
         return step.running, step.gone, away
 
     def test_who_was_stored_is_named_in_its_next_pass(self):
@@ -199,10 +199,12 @@ class TestStoring:
         assert self.tell(storing, 2, [7], stores=[7]) == ([], [7], [])
         assert self.tell(storing, 3, [7]) == ([7], [], [])
 
-    def test_who_ends_is_stored_or_has_to_be_asked_about_once(self):
+    def test_who_ends_is_in_no_later_pass(self):
         storing = Storing()
         self.tell(storing, 1, [7, 8], stores=[7, 8])
         self.tell(storing, 2, [8])
-        assert [storing.end(request) for request in (7, 7, 8, 9)] == [False, True, True, True]
+        assert [storing.last(request) for request in (7, 8, 9)] == [1, 0, 0]
+        storing.end(7)
+        assert storing.last(7) == 0
         storing.lose(7)
         assert self.tell(storing, 3, []) == ([], [], [])
