@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache.adapters.trtllm import api
 from lmcache.adapters.trtllm.board import Board
-from lmcache.adapters.trtllm.meeting import LIVE, engine_id_for
+from lmcache.adapters.trtllm.meeting import BOARDS, LIVE, engine_id_for
 from lmcache.adapters.trtllm.scheduler import Scheduler
 from lmcache.adapters.trtllm.settings import PASSED_ON, load_settings
 from lmcache.adapters.trtllm.step import Step
@@ -23,7 +23,7 @@ from lmcache.adapters.trtllm.translate import (
 from lmcache.adapters.trtllm.worker import Worker
 from lmcache.core.environment import adopt_environment
 from lmcache.core.errors import LayoutError, LMCacheError
-from lmcache.core.wall import Wall, guarded, nothing
+from lmcache.core.wall import TOLERATED, Wall, guarded, nothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +40,17 @@ def _no_tokens() -> tuple[int, bool]:
     return 0, False
 
 
+def _problem_of(call: Callable[[], None]) -> str:
+    """What a call raises, to be told to other ranks; empty for nothing."""
+    try:
+        call()
+    except LMCacheError as error:
+        return str(error)
+    except Exception as error:
+        return repr(error)
+    return ""
+
+
 class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
     """On the leader alone."""
 
@@ -54,19 +65,13 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
         config = settings.loaded.config
         engine_id = engine_id_for(llm_args, "scheduler")
         namespace = namespace_of(llm_args, config)
-        self._board = board = Board.create(engine_id, ranks_of(llm_args))
-
-        def join() -> Joining[Any]:
-            board.remove()  # all ranks have it
-            return self._join(engine_id, settings, namespace)
-
         self._scheduler = Scheduler(
             config,
             namespace,
             engine_id,
-            join,
+            lambda: self._join(engine_id, settings, namespace),
             page_tokens=page_tokens_of(llm_args),
-            has_copied=board.wait,
+            board=lambda: BOARDS.get(engine_id),
             tells_of_cancels=api.TELLS_OF_CANCELS,
             outside=self.LOADS_OUTSIDE and api.TELLS_OF_CANCELS,
         )
@@ -119,12 +124,12 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
             self._scheduler.give_up(request.request_id, start, end)
 
     def request_reset(self, request: Any) -> None:
-        """A request has lost its blocks and will be asked about again."""
+        """A request loses its blocks and will be asked about again."""
         with self._wall("request_reset"):
-            self._scheduler.forget(request.request_id)
+            self._scheduler.reset(request.request_id)
 
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
-        """Whether its blocks have to stay until all ranks have stored them."""
+        """Whether its blocks, or the same of others, stay until all ranks have been asked."""
         with self._wall("request_finished"):
             if cache_block_ids:
                 return self._scheduler.finished(request.request_id)
@@ -151,7 +156,6 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
     def shutdown(self) -> None:
         """Let go of everything; again does nothing."""
         LIVE.discard(self)
-        self._board.remove()
         self._scheduler.close()
 
 
@@ -162,11 +166,12 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
         super().__init__(llm_args)
         adopt_environment(PASSED_ON)
         self._rank = api.rank()
+        self._ranks = ranks_of(llm_args)
         self._kind = kind_of(llm_args)
         self._page_tokens = page_tokens_of(llm_args)
         # only the leader has a scheduler, whose name for the engine counts
         self._engine_id = "" if self._rank else engine_id_for(llm_args, "worker")
-        self._worker = Worker()
+        self._worker = Worker(self._rank)
         self._stored: list[int] = []
         """Requests that are stored, of which we have not told."""
         LIVE.add(self)
@@ -189,16 +194,20 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
 
         What one of them refuses is refused by all: who goes on would wait for it for ever.
         """
-        engine_id, problem = api.from_leader(self._engine_id), ""
-        try:
-            self._worker.open(engine_id, self._rank, Board(engine_id), *look())
-        except LMCacheError as error:
-            problem = str(error)
-        except Exception as error:
-            problem = repr(error)
-        for text in filter(None, api.from_all(problem)):
+        engine_id = api.from_leader(self._engine_id)
+        problem = api.from_leader("" if self._rank else _problem_of(self._make_board))
+        if not problem:
+            problem = _problem_of(lambda: self._worker.open(engine_id, Board(engine_id), *look()))
+        problems = api.from_all(problem)
+        if not self._rank:
+            Board.remove(engine_id)  # all ranks have it
+        for text in filter(None, problems):
             self._worker.close()
             raise LayoutError(text)
+
+    def _make_board(self) -> None:
+        Board.create(self._engine_id, self._ranks)
+        BOARDS[self._engine_id] = Board(self._engine_id)
 
     def start_load_kv(self, stream: Any) -> None:
         """Load what the pass counts on, and begin what others wait for outside the batch.
@@ -216,10 +225,12 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
     def save_kv_layer(self, layer_idx: int, stream: Any) -> None:
         """All layers are stored together, for the same reason."""
 
-    @guarded(nothing)
     def wait_for_save(self, stream: Any) -> None:
-        """Begin to store what the pass has computed."""
-        self._worker.finish(stream)
+        """Begin to store what the pass has computed; only end it after too many errors."""
+        try:
+            self._worker.finish(stream if self.errors < TOLERATED else None)
+        except Exception:
+            self.count_error("wait_for_save")
 
     def get_finished(
         self, finished_gen_req_ids: Sequence[int], started_loading_req_ids: Sequence[int]
@@ -252,3 +263,4 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
         """Let go of everything; again does nothing."""
         LIVE.discard(self)
         self._worker.close()
+        BOARDS.pop(self._engine_id, None)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 import uuid
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from lmcache.adapters.trtllm.board import Board
 
 _LOCK = threading.Lock()
 _WAITING: dict[int, tuple[Any, str, str]] = {}
@@ -20,6 +23,8 @@ class Closable(Protocol):
 
 LIVE: set[Closable] = set()
 """The parts in this process. Nothing but `shutdown` ends what they began."""
+BOARDS: dict[str, Board] = {}
+"""By the names of engines whose leader is in this process, and that have pools."""
 
 
 def engine_id_for(llm_args: Any, part: str) -> str:

@@ -17,6 +17,7 @@ from lmcache.core.mover import HOLE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from lmcache.adapters.trtllm.board import Board
     from lmcache.adapters.trtllm.tracked import Tracked
     from lmcache.core.client import CacheClient
     from lmcache.core.config import Config
@@ -40,14 +41,13 @@ class Scheduler:
         join: Callable[[], Joining[Any]],
         *,
         page_tokens: int,
-        has_copied: Callable[[int], bool],
+        board: Callable[[], Board | None],
         tells_of_cancels: bool,
         outside: bool,
     ) -> None:
         """`join` is called when the ranks are sure to be there.
 
-        `has_copied(number)` waits until no rank reads what a pass stores any more, and says whether
-        that is so.
+        There is a `board` from then on.
         With `tells_of_cancels`, requests that will not run are told to `forget`, and others may
         wait for their first pass; else a promise that the next pass does not take is void.
         With `outside`, which needs that, requests wait for their loads outside the batch.
@@ -55,7 +55,7 @@ class Scheduler:
         self._config = config
         self._matcher = Matcher(config, namespace, engine_id, page_tokens)
         self._join = join
-        self._has_copied = has_copied
+        self._board = board
         self._page_tokens = page_tokens
         self._tells = tells_of_cancels
         self._outside = outside
@@ -129,13 +129,31 @@ class Scheduler:
             self._let_go(request_id, tracked)
 
     def finished(self, request_id: int) -> bool:
-        """A request has ended; whether the ranks have to be asked if its blocks are stored."""
-        last = self._storing.last(request_id)
-        asks = last > 0 and (self.keeps_blocks or self._has_copied(last))
-        if asks:
-            self._storing.end(request_id)
-        self.forget(request_id)
+        """A request has ended; whether the ranks have to be asked if its blocks are stored.
+
+        If it does not have them until then, no rank is reading them when this returns.
+        """
+        try:
+            asks = self._storing.is_unsaid(request_id)
+            if not self.keeps_blocks:
+                asks = self._have_read(request_id) and asks
+            if asks:
+                self._storing.end(request_id)
+        finally:
+            self.forget(request_id)
         return asks
+
+    def reset(self, request_id: int) -> None:
+        """A request begins anew, without its blocks: no rank is reading them any more."""
+        try:
+            self._have_read(request_id)
+        finally:
+            self.forget(request_id)
+
+    def _have_read(self, request_id: int) -> bool:
+        """Wait until the blocks of a request are not read any more; whether all were copied."""
+        board, number = self._board(), self._storing.reads(request_id)
+        return not (board and number) or board.wait(number)
 
     # ---- passes
 
@@ -157,7 +175,8 @@ class Scheduler:
                     tracked.blocks += _pages(blocks_of(data))
                     self._go_on(draft, tracked, data, data.computed_position)
             self._drop_unseen()
-            for away in self._storing.tell(draft.step, told):
+            board = self._board()
+            for away in self._storing.tell(draft.step, told, board.copied if board else 0):
                 if tracked := self._tracked.get(away):
                     tracked.done = tracked.sure
             return draft.depart()

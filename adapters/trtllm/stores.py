@@ -83,7 +83,7 @@ class Stores:
         self._copies: dict[Copy, Future[None]] = {}
         """Those that nobody has had a word about."""
         self._kept: set[int] = set()
-        """Requests that have ended, whose blocks stay until their copies are made."""
+        """Requests that have ended, of which is to be told when their copies are made."""
         self._timer: threading.Timer | None = None
 
     def submit(self, copy: Copy) -> None:

@@ -9,6 +9,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lmcache.adapters.trtllm.board import ALL
 from lmcache.adapters.trtllm.outside import OutsideLoads
 from lmcache.adapters.trtllm.stores import Copy, Stores
 from lmcache.core.errors import LayoutError
@@ -38,14 +39,14 @@ PROMISE_S = 30.0
 class Worker:
     """Copies blocks as each step says."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
         self._stores = Stores()
         self._outside = OutsideLoads()
         self._grants = Grants(keeps_s=PROMISE_S, is_owed=lambda: self._outside.is_busy)
         self._is_idle = True
         """Whether no pass was begun since it was last asked what has ended."""
         self._board: Board | None = None
-        self._rank = 0
         self._device: torch.device | None = None
         self._step: Step | None = None
         """The one whose pass is under way."""
@@ -55,18 +56,17 @@ class Worker:
     def open(
         self,
         engine_id: str,
-        rank: int,
         board: Board,
         layout: PageLayout,
         tensors: Sequence[torch.Tensor],
     ) -> None:
         """Begin to wait for a scheduling side. Raises `LayoutError` if a copy would be wrong."""
-        self._board, self._rank = board, rank
+        self._board = board
         self._device = tensors[0].device
         if self._device.type not in DEVICES:
             raise LayoutError(f"blocks on a {self._device.type} device cannot be stored meanwhile")
         check_layout(layout, tensors, [0] * len(tensors))
-        self._grants.open(engine_id, rank, layout, tensors, slice_index=rank)
+        self._grants.open(engine_id, self._rank, layout, tensors, slice_index=self._rank)
 
     def begin(self, step: Step | None, stream: Any) -> None:
         """Load what a step says, before its pass and after all that `stream` is to do.
@@ -104,6 +104,13 @@ class Worker:
         self._step = self._now = None
         if step is None:
             return
+        try:
+            self._end(step, now, stream)
+        finally:
+            if step.stores:
+                self._note(step.pass_number, has_begun=stream is not None)
+
+    def _end(self, step: Step, now: Granted | None, stream: Any) -> None:
         left = 1 + len(step.stores)
         try:
             if stream is not None:
@@ -118,8 +125,6 @@ class Worker:
             if now and step.number:
                 for _ in range(left):
                     now.progress.end(step.number)
-            if stream is not None and step.stores:
-                self._note(step.pass_number)
 
     def stored(self, named: Iterable[int]) -> list[int]:
         """The requests, of those that are or were named, whose blocks may go once settled."""
@@ -145,6 +150,8 @@ class Worker:
         self._grants.leave()
         self._outside.join()
         self._stores.close()
+        if self._board:
+            self._board.note(self._rank, ALL)
         self._grants.close()
 
     # ----
@@ -195,12 +202,11 @@ class Worker:
         copy = Copy(request_id, moves, now, number, tokens, after, waits=self._is_on_host)
         self._stores.submit(copy)
 
-    def _note(self, number: int) -> None:
-        """Have the leader see when what this pass stores has been copied."""
+    def _note(self, number: int, *, has_begun: bool) -> None:
+        """Have the leader see when what this pass stores is not read any more."""
         board, rank = self._board, self._rank
-        if board is None:
-            return
-        if rank == 0:
+        assert board, "there are no steps before pools"
+        if has_begun and rank == 0:
             board.begin(number)
         self._stores.afterwards(lambda: board.note(rank, number))
 

@@ -89,6 +89,7 @@ class Engine:
         self.hooks = SimpleNamespace(prepared=lambda executor: None, polling=lambda executor: None)
         self.args = self._args(args or {})
         self._bring_up()
+        plug.attend(self)
 
     def __enter__(self):
         return self
@@ -201,6 +202,12 @@ class Engine:
             executor.cancels.add(request.id)
         if not self.profile.tells_of_cancels:
             self.silent_ids.add(request.id)
+
+    def is_silent(self, request_id):
+        """Whether a request ends, or may have ended, without a word to its connector."""
+        told = self.profile.finishes_at_termination
+        failed = any(r.id == request_id and r.error for r in self.requests)
+        return request_id in self.silent_ids or (failed and not told)
 
     def reset(self, request):
         for executor in self.ranks:

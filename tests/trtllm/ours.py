@@ -34,6 +34,38 @@ def fail_loads(monkeypatch, rank):
     monkeypatch.setattr(Mover, "load", fails)
 
 
+def watch_reads(engine):
+    """No block is read for a store that nobody has any more, unless we cannot know that."""
+    for rank in engine.ranks:
+        stores = rank.manager.worker._worker._stores
+        stores.submit = _watched(engine, rank, stores.submit)
+
+
+def _watched(engine, rank, submit):
+    blocks = rank.memory.blocks[0]
+
+    def expect_held(copy):
+        read = {block for move in copy.moves for block in move.engine_pages}
+        freed = sorted(b for b in read if not blocks.holders[b] and b not in blocks.key_of)
+        text = f"rank {rank.memory.pools[0].rank}, request {copy.request}: {freed} are nobody's"
+        engine.judge.expect(not freed or engine.is_silent(copy.request), "read", text)
+
+    def watched(copy):
+        make = copy.make
+
+        def made():
+            expect_held(copy)
+            try:
+                make()
+            finally:
+                expect_held(copy)
+
+        copy.make = made
+        submit(copy)
+
+    return watched
+
+
 def _say(monkeypatch, settings):
     # some wait for it; a pass takes less even on a busy machine
     monkeypatch.setattr(importlib.import_module("lmcache.adapters.trtllm.stores"), "LOST_S", 2)
@@ -54,6 +86,7 @@ def in_process(monkeypatch, **settings):
         saves_later=True,
         settle=settle,
         close=destroy_engine,
+        attend=watch_reads,
     )
 
 
@@ -68,6 +101,7 @@ def with_server(monkeypatch, server, **choices):
         },
     )
     about = {"settle": server.wait_idle, "close": destroy_engine, "ours": ("lmcache",)}
+    about["attend"] = watch_reads
     return Plug(
         f"{PACKAGE}.tensorrt_mp_adapter",
         "LMCacheMPKvConnectorScheduler",

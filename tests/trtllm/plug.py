@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
-def _nothing():
+def _nothing(*_):
     pass
 
 
@@ -29,6 +29,8 @@ class Plug:
     """Wait until what was saved can be found; called whenever an engine has nothing left to do."""
     close: Callable[[], None] = _nothing
     """Called when an engine has ended."""
+    attend: Callable[[object], None] = _nothing
+    """Called with each engine that has pools, to watch what it cannot see itself."""
 
     def config(self, profile):
         config_class = sys.modules["tensorrt_llm.llmapi.llm_args"].KvCacheConnectorConfig

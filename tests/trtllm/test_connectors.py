@@ -592,15 +592,34 @@ class TestRefusals:
         worker = importlib.import_module("lmcache.adapters.trtllm.worker").Worker
         opened = worker.open
 
-        def open_(self, engine_id, rank, *others):
-            if rank == 1:
+        def open_(self, *args):
+            if self._rank == 1:
                 raise error("not here")
-            opened(self, engine_id, rank, *others)
+            opened(self, *args)
 
         monkeypatch.setattr(worker, "open", open_)
+        before = boards()
         with pytest.raises(ExecutorDied, match="not here"):
             Engine(v1_3, in_process(monkeypatch), ranks=2)
         importlib.import_module("lmcache.integration.tensorrt_llm").destroy_engine()
+        assert boards() == before
+
+    def test_ranks_that_share_no_memory(self, v1_3, monkeypatch):
+        module = importlib.import_module("lmcache.adapters.trtllm.board")
+        monkeypatch.setattr(module, "_file_of", lambda engine_id: Path("/nowhere", engine_id))
+        with pytest.raises(ExecutorDied, match="no memory for all ranks to share: .*/nowhere/"):
+            Engine(v1_3, in_process(monkeypatch), ranks=2)
+        importlib.import_module("lmcache.integration.tensorrt_llm").destroy_engine()
+
+
+def boards():
+    return set(Path("/dev/shm").glob("lmcache-board-*"))
+
+
+def test_no_file_is_left_while_an_engine_runs(v1_3, monkeypatch):
+    before = boards()
+    with Engine(v1_3, in_process(monkeypatch), ranks=2):
+        assert boards() == before
 
 
 class TestFrontDoor:

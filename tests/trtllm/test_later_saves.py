@@ -9,11 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 from driver import Engine, prompt
+from judge import BatchFailed
 from ours import in_process, with_server
 from suite import polls, queries
 
 from lmcache.adapters.trtllm.board import Board
+from lmcache.adapters.trtllm.meeting import engine_id_for
 from lmcache.core.mover import Mover
+from lmcache.core.wall import TOLERATED
 
 FIRST = 7_000_001
 """The first request of an engine."""
@@ -249,13 +252,25 @@ class TestBlocksThatGo:
         with start(blocks=12) as engine:
             monkeypatch.setattr(sys.modules[Board.__module__], "COPIED_S", 0.05)
             engine.hooks.polling = lambda executor: executor.memory.forget()
-            engine.submit(prompt(128), new_tokens=1)
+            request = engine.submit(prompt(128), new_tokens=1)
+            engine.silent_ids.add(request.id)  # it is read after all
             engine.step()
             assert polls(engine)[-1] == ([], [], [], [])
             assert kept(engine) == 0
             slow.may.set()
             run_others(engine)
             assert is_tidy(engine)
+            assert look_up(engine, prompt(130)) == 0
+            engine.audit()
+
+    def test_and_not_those_of_a_rank_that_has_given_up(self, start):
+        with start(blocks=12, ranks=2) as engine:
+            engine.ranks[1].manager.worker.errors = TOLERATED
+            for seed in range(3):
+                engine.submit(prompt(128, seed), new_tokens=1)
+                engine.run()
+            [board] = sys.modules[engine_id_for.__module__].BOARDS.values()
+            assert board._stuck == -1, "nobody has waited in vain"
             assert look_up(engine, prompt(130)) == 0
             engine.audit()
 
@@ -270,6 +285,31 @@ class TestBlocksThatGo:
             for seed in range(4):
                 assert look_up(engine, prompt(130, seed)) == 128
             engine.audit()
+
+
+@pytest.mark.parametrize("profile", ["v1_1"], indirect=True)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_blocks_of_a_pass_that_fails_are_read_before_they_go(start, slow, ranks):
+    """What the pass before has begun to store of them."""
+    with start(blocks=12, ranks=ranks) as engine:
+        engine.submit(prompt(128), new_tokens=3)
+        engine.step()
+        for rank in engine.ranks:
+            rank.model._launch = breaks_off
+        failing = threading.Thread(target=engine.step)
+        failing.start()
+        failing.join(0.1)
+        assert failing.is_alive()
+        slow.may.set()
+        failing.join(20)
+        for rank in engine.ranks:
+            del rank.model._launch
+        assert look_up(engine, prompt(130)) == 0
+        engine.audit()
+
+
+def breaks_off(batch):
+    raise BatchFailed("a kernel has failed")
 
 
 @pytest.mark.parametrize("profile", ["main_v2"], indirect=True)
@@ -318,14 +358,17 @@ class TestBlocksThatStay:
 
 @pytest.mark.parametrize("profile", ["main_v2"], indirect=True)
 def test_a_request_that_begins_anew(start, slow):
-    """What was read of the blocks it has lost does not count."""
+    """Its blocks have been read when it loses them, and do not count."""
     with start(chunked=True, max_num_tokens=64, blocks=16) as engine:
         engine.hooks.polling = lambda executor: executor.memory.forget()
         request = engine.submit(prompt(200))
         engine.step()
         engine.reset(request)
+        running = threading.Thread(target=engine.run)
+        running.start()
+        running.join(0.1)
         slow.may.set()
-        engine.run()
+        running.join(20)
         run_others(engine)
         assert is_tidy(engine)
         engine.audit()

@@ -168,9 +168,9 @@ def test_nobody_waits_for_what_was_dropped_by_closing(rank):
 
 class TestStoring:
     @staticmethod
-    def tell(storing, number, requests, stores=()):
+    def tell(storing, number, requests, stores=(), copied=0):
         step = Step(stores=[(request, []) for request in stores], pass_number=number)
-        away = storing.tell(step, requests)
+        away = storing.tell(step, requests, copied)
         return step.running, step.gone, away
 
     def test_who_was_stored_is_named_in_its_next_pass(self):
@@ -203,8 +203,27 @@ class TestStoring:
         storing = Storing()
         self.tell(storing, 1, [7, 8], stores=[7, 8])
         self.tell(storing, 2, [8])
-        assert [storing.last(request) for request in (7, 8, 9)] == [1, 0, 0]
+        assert [storing.is_unsaid(request) for request in (7, 8, 9)] == [True, False, False]
         storing.end(7)
-        assert storing.last(7) == 0
+        assert not storing.is_unsaid(7)
         storing.lose(7)
         assert self.tell(storing, 3, []) == ([], [], [])
+
+    def test_what_is_read_is_known_until_it_was(self):
+        """Whatever was said of the request meanwhile."""
+        storing = Storing()
+        self.tell(storing, 1, [6, 7, 8, 9], stores=[6, 7, 8, 9])
+        self.tell(storing, 2, [6, 7], stores=[7])
+        storing.lose(8)
+        storing.end(9)
+        assert [storing.reads(request) for request in (5, 6)] == [0, 1]
+        assert storing.reads(6) == 0, "it has ended"
+        self.tell(storing, 3, [], copied=1)
+        assert [storing.reads(request) for request in (7, 8, 9)] == [2, 0, 0]
+
+    def test_who_has_lost_its_blocks_may_be_read_all_the_same(self):
+        storing = Storing()
+        self.tell(storing, 1, [7], stores=[7])
+        for number in range(2, AWAY + 4):
+            self.tell(storing, number, [])
+        assert storing.reads(7) == 1
