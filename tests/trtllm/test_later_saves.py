@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from driver import Engine, prompt
-from judge import BatchFailed
+from judge import BatchFailed, Violation
 from ours import in_process, with_server
 from suite import polls, queries
 
@@ -247,6 +247,18 @@ class TestBlocksThatGo:
             assert any(FIRST + 7919 in named for named, *_ in polls(engine))
             assert look_up(engine, prompt(130)) == 128
             engine.audit()
+
+    def test_what_is_read_too_late_is_seen(self, start, slow):
+        """The look at each read finds what it is there for."""
+        with start(blocks=12) as engine:
+            engine.leader._scheduler._have_read = lambda request_id: True
+            engine.submit(prompt(120), new_tokens=20)
+            engine.submit(prompt(128), new_tokens=1)
+            engine.step()
+            engine.abandon()
+            slow.may.set()
+            with pytest.raises(Violation, match="read: .* are nobody's"):
+                engine.run()
 
     def test_or_do_not_count_if_that_takes_too_long(self, start, slow, monkeypatch):
         with start(blocks=12) as engine:
