@@ -133,7 +133,7 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
         with self._wall("request_finished"):
             if cache_block_ids:
                 return self._scheduler.finished(request.request_id)
-            self._scheduler.forget(request.request_id)  # it has lost them before
+            self._scheduler.reset(request.request_id)  # it has lost them before
         return False
 
     def request_finished_by_layer_group(

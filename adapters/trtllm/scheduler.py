@@ -134,9 +134,9 @@ class Scheduler:
         If it does not have them until then, no rank is reading them when this returns.
         """
         try:
-            asks = self._storing.is_unsaid(request_id)
+            last, asks = self._storing.reads(request_id), self._storing.is_unsaid(request_id)
             if not self.keeps_blocks:
-                asks = self._have_read(request_id) and asks
+                asks = self._have_copied(last) and asks
             if asks:
                 self._storing.end(request_id)
         finally:
@@ -146,13 +146,13 @@ class Scheduler:
     def reset(self, request_id: int) -> None:
         """A request begins anew, without its blocks: no rank is reading them any more."""
         try:
-            self._have_read(request_id)
+            self._have_copied(self._storing.reads(request_id))
         finally:
             self.forget(request_id)
 
-    def _have_read(self, request_id: int) -> bool:
-        """Wait until the blocks of a request are not read any more; whether all were copied."""
-        board, number = self._board(), self._storing.reads(request_id)
+    def _have_copied(self, number: int) -> bool:
+        """Wait until no rank reads what a pass stores, if there is one; whether all copied it."""
+        board = self._board()
         return not (board and number) or board.wait(number)
 
     # ---- passes

@@ -31,6 +31,9 @@ class Chosen:
     def close(self):
         pass
 
+    def attend(self, engine):
+        pass
+
 
 def llm_class(profile):
     """The class of one version."""

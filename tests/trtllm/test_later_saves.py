@@ -251,7 +251,7 @@ class TestBlocksThatGo:
     def test_what_is_read_too_late_is_seen(self, start, slow):
         """The look at each read finds what it is there for."""
         with start(blocks=12) as engine:
-            engine.leader._scheduler._have_read = lambda request_id: True
+            engine.leader._scheduler._have_copied = lambda number: True
             engine.submit(prompt(120), new_tokens=20)
             engine.submit(prompt(128), new_tokens=1)
             engine.step()
