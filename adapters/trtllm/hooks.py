@@ -124,16 +124,16 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
             self._scheduler.give_up(request.request_id, start, end)
 
     def request_reset(self, request: Any) -> None:
-        """A request loses its blocks and will be asked about again."""
+        """A request has lost its blocks and will be asked about again."""
         with self._wall("request_reset"):
-            self._scheduler.reset(request.request_id)
+            self._scheduler.forget(request.request_id)
 
     def request_finished(self, request: Any, cache_block_ids: list[int]) -> bool:
         """Whether its blocks, or the same of others, stay until all ranks have been asked."""
         with self._wall("request_finished"):
             if cache_block_ids:
                 return self._scheduler.finished(request.request_id)
-            self._scheduler.reset(request.request_id)  # it has lost them before
+            self._scheduler.forget(request.request_id)  # it has lost them before
         return False
 
     def request_finished_by_layer_group(

@@ -122,6 +122,11 @@ class Scheduler:
 
     def forget(self, request_id: int) -> None:
         """A request has ended, or begins anew: its blocks may be another's now."""
+        self._storing.reads(request_id)
+        self._lose(request_id)
+
+    def _lose(self, request_id: int) -> None:
+        """Nothing more is known of a request, which may be told to end for all that."""
         self._storing.lose(request_id)
         self._parked.pop(request_id, None)
         tracked = self._tracked.pop(request_id, None)
@@ -142,13 +147,6 @@ class Scheduler:
         finally:
             self.forget(request_id)
         return asks
-
-    def reset(self, request_id: int) -> None:
-        """A request begins anew, without its blocks: no rank is reading them any more."""
-        try:
-            self._have_copied(self._storing.reads(request_id))
-        finally:
-            self.forget(request_id)
 
     def _have_copied(self, number: int) -> bool:
         """Wait until no rank reads what a pass stores, if there is one; whether all copied it."""
@@ -190,7 +188,7 @@ class Scheduler:
         told = {data.request_id for data in output.new_requests}
         for request_id, tracked in list(self._tracked.items()):
             if tracked.has_begun or request_id in told:
-                self.forget(request_id)
+                self._lose(request_id)
 
     def owes(self, output: Any) -> bool:
         """Whether a request was promised something that this pass has to begin to load."""
@@ -294,7 +292,7 @@ class Scheduler:
                     self._void.append(request_id)
             elif tracked.seen > self._passes - UNSEEN:
                 continue
-            self.forget(request_id)
+            self._lose(request_id)
 
     def close(self) -> None:
         """Stop trying to attach, and let go of what is attached."""

@@ -93,8 +93,14 @@ class Stores:
             self._copies[copy] = self._pool.submit(copy.make)
 
     def afterwards(self, call: Callable[[], None]) -> None:
-        """Have something called when the copies submitted so far are over, dropped or not."""
-        self._pool.submit(call)
+        """Have something called when the copies submitted so far are over, dropped or not.
+
+        After `close` they are, and it is called at once.
+        """
+        try:
+            self._pool.submit(call)
+        except RuntimeError:
+            call()
 
     def take_ended(self, named: Iterable[int], *, is_idle: bool) -> list[int]:
         """The requests, of those that are or were named, whose copies have all been made.

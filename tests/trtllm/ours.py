@@ -42,12 +42,12 @@ def watch_reads(engine):
 
 
 def _watched(engine, rank, submit):
-    blocks = rank.memory.blocks[0]
+    blocks, number = rank.memory.blocks[0], rank.memory.pools[0].rank
 
     def expect_held(copy):
         read = {block for move in copy.moves for block in move.engine_pages}
         freed = sorted(b for b in read if not blocks.holders[b] and b not in blocks.key_of)
-        text = f"rank {rank.memory.pools[0].rank}, request {copy.request}: {freed} are nobody's"
+        text = f"rank {number}, request {copy.request}: {freed} are nobody's"
         engine.judge.expect(not freed or engine.is_silent(copy.request), "read", text)
 
     def watched(copy):

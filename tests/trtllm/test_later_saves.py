@@ -370,7 +370,7 @@ class TestBlocksThatStay:
 
 @pytest.mark.parametrize("profile", ["main_v2"], indirect=True)
 def test_a_request_that_begins_anew(start, slow):
-    """Its blocks have been read when it loses them, and do not count."""
+    """What was read of the blocks it has lost does not count."""
     with start(chunked=True, max_num_tokens=64, blocks=16) as engine:
         engine.hooks.polling = lambda executor: executor.memory.forget()
         request = engine.submit(prompt(200))

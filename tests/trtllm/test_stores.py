@@ -151,6 +151,20 @@ def test_what_is_under_way_ends_before_it_closes(rank):
     rank.stores.settle([7, 8, 9])
 
 
+def test_what_comes_afterwards(rank):
+    called = []
+    rank.submit(7)
+    rank.stores.drop([7])
+    rank.stores.afterwards(lambda: called.append(1))
+    assert rank.begun.wait(10)
+    assert not called, "what does not count is read all the same"
+    rank.let()
+    assert called == [1]
+    rank.stores.close()
+    rank.stores.afterwards(lambda: called.append(2))
+    assert called == [1, 2]
+
+
 def test_nobody_waits_for_what_was_dropped_by_closing(rank):
     rank.submit(7)
     rank.submit(8)
