@@ -195,12 +195,16 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
         What one of them refuses is refused by all: who goes on would wait for it for ever.
         """
         engine_id = api.from_leader(self._engine_id)
-        problem = api.from_leader("" if self._rank else _problem_of(self._make_board))
-        if not problem:
-            problem = _problem_of(lambda: self._worker.open(engine_id, Board(engine_id), *look()))
-        problems = api.from_all(problem)
-        if not self._rank:
-            Board.remove(engine_id)  # all ranks have it
+        try:
+            problem = api.from_leader("" if self._rank else _problem_of(self._make_board))
+            if not problem:
+                problem = _problem_of(
+                    lambda: self._worker.open(engine_id, Board(engine_id), *look())
+                )
+            problems = api.from_all(problem)
+        finally:
+            if not self._rank:
+                Board.remove(engine_id)  # all ranks have it
         for text in filter(None, problems):
             self._worker.close()
             raise LayoutError(text)
@@ -228,7 +232,7 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
     def wait_for_save(self, stream: Any) -> None:
         """Begin to store what the pass has computed; only end it after too many errors."""
         try:
-            self._worker.finish(stream if self.errors < TOLERATED else None)
+            self._worker.finish(stream, stores=self.errors < TOLERATED)
         except Exception:
             self.count_error("wait_for_save")
 

@@ -136,11 +136,12 @@ class Scheduler:
     def finished(self, request_id: int) -> bool:
         """A request has ended; whether the ranks have to be asked if its blocks are stored.
 
-        If it does not have them until then, no rank is reading them when this returns.
+        If it does not have them until then, this returns when no rank is reading them any more, or
+        after some seconds.
         """
         try:
             last, asks = self._storing.reads(request_id), self._storing.is_unsaid(request_id)
-            if not self.keeps_blocks:
+            if not (self.keeps_blocks and asks):
                 asks = self._have_copied(last) and asks
             if asks:
                 self._storing.end(request_id)

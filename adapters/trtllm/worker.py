@@ -95,9 +95,10 @@ class Worker:
             self._follow(stream)
             self._load(step)
 
-    def finish(self, stream: Any) -> None:
+    def finish(self, stream: Any, *, stores: bool = True) -> None:
         """The pass is on `stream`: begin to store what its step says. None if it failed.
 
+        Not if not `stores`; other ranks may, which the leader then waits for.
         On return the stores that passes before it have made of its requests have ended.
         """
         step, now = self._step, self._now
@@ -105,7 +106,7 @@ class Worker:
         if step is None:
             return
         try:
-            self._end(step, now, stream)
+            self._end(step, now, stream if stores else None)
         finally:
             if step.stores:
                 self._note(step.pass_number, has_begun=stream is not None)

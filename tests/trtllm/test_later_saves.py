@@ -275,9 +275,11 @@ class TestBlocksThatGo:
             assert look_up(engine, prompt(130)) == 0
             engine.audit()
 
-    def test_and_not_those_of_a_rank_that_has_given_up(self, start):
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_and_not_those_of_a_rank_that_has_given_up(self, start, rank):
+        """The other one's are read, and do not count."""
         with start(blocks=12, ranks=2) as engine:
-            engine.ranks[1].manager.worker.errors = TOLERATED
+            engine.ranks[rank].manager.worker.errors = TOLERATED
             for seed in range(3):
                 engine.submit(prompt(128, seed), new_tokens=1)
                 engine.run()
