@@ -78,7 +78,7 @@ class Board:
     def wait(self, number: int) -> bool:
         """On the leader: wait until no rank reads what a pass stores; whether all have copied it.
 
-        What a pass has not begun, as it failed, nobody reads; those before it may still be read.
+        A pass that failed has begun no copies, but those of the one before may be under way.
         Ranks that are stuck are not waited for a second time.
         """
         due, deadline = min(number, self._begun[0]), time.monotonic() + COPIED_S

@@ -37,7 +37,7 @@ class Storing:
         return request_id in self._requests
 
     def end(self, request_id: int) -> None:
-        """The ranks will be asked about a request: then it has, or had for as long as it counts."""
+        """The ranks will be asked about a request, so nothing has to be said of it."""
         self._requests.pop(request_id, None)
 
     def tell(self, step: Step, requests: Iterable[int], copied: int) -> list[int]:

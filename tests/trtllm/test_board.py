@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import stat
-import threading
 import uuid
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -31,18 +31,21 @@ def note(board, number):
         board.note(rank, number)
 
 
+def answer_after(last, leader, number):
+    """What the leader is told of a pass, which is not before `last()`."""
+    with futures.ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(leader.wait, number)
+        with pytest.raises(futures.TimeoutError):
+            answer.result(0.05)
+        last()
+        return answer.result(1)  # in less than it takes to give up
+
+
 def test_a_pass_is_over_when_all_ranks_have_noted_it(engine_id, leader):
     other = Board(engine_id)
     leader.begin(7)
     leader.note(0, 7)
-    waiting = threading.Thread(target=leader.wait, args=(7,))
-    waiting.start()
-    waiting.join(0.05)
-    assert waiting.is_alive()
-    other.note(1, 7)
-    waiting.join(5)
-    assert not waiting.is_alive()
-    assert leader.wait(7)
+    assert answer_after(lambda: other.note(1, 7), leader, 7)
 
 
 def test_so_are_those_before_it(leader):
@@ -52,7 +55,7 @@ def test_so_are_those_before_it(leader):
 
 
 def test_a_pass_that_failed_was_copied_by_nobody(leader, monkeypatch):
-    monkeypatch.setattr(module, "COPIED_S", 3600)
+    monkeypatch.setattr(module, "COPIED_S", 20)
     leader.begin(6)
     note(leader, 6)
     assert not leader.wait(7)
@@ -61,13 +64,7 @@ def test_a_pass_that_failed_was_copied_by_nobody(leader, monkeypatch):
 def test_but_the_one_before_may_still_be_read(leader):
     leader.begin(6)
     leader.note(0, 6)
-    waiting = threading.Thread(target=leader.wait, args=(7,))
-    waiting.start()
-    waiting.join(0.05)
-    assert waiting.is_alive()
-    leader.note(1, 6)
-    waiting.join(5)
-    assert not waiting.is_alive()
+    assert not answer_after(lambda: leader.note(1, 6), leader, 7)
 
 
 def test_a_rank_that_is_stuck_is_waited_for_once(leader, monkeypatch):
@@ -76,7 +73,7 @@ def test_a_rank_that_is_stuck_is_waited_for_once(leader, monkeypatch):
     leader.note(0, 7)
     leader.note(1, 5)
     assert not leader.wait(7)
-    monkeypatch.setattr(module, "COPIED_S", 3600)
+    monkeypatch.setattr(module, "COPIED_S", 20)
     assert not leader.wait(7)
     assert leader.wait(5)
     leader.begin(9)
@@ -89,15 +86,9 @@ def test_one_that_goes_on_is_waited_for_again(leader, monkeypatch):
     monkeypatch.setattr(module, "COPIED_S", 0.01)
     leader.begin(7)
     assert not leader.wait(7)
-    monkeypatch.setattr(module, "COPIED_S", 3600)
+    monkeypatch.setattr(module, "COPIED_S", 20)
     note(leader, 6)
-    waiting = threading.Thread(target=leader.wait, args=(7,))
-    waiting.start()
-    waiting.join(0.05)
-    assert waiting.is_alive()
-    note(leader, 7)
-    waiting.join(5)
-    assert not waiting.is_alive()
+    assert answer_after(lambda: note(leader, 7), leader, 7)
 
 
 def test_who_has_closed_reads_nothing_any_more(leader):

@@ -46,6 +46,16 @@ class Slow:
 
         monkeypatch.setattr(Mover, "store", slow)
 
+    def holds_up(self, call):
+        """Have something done that has to wait for stores, which then may begin."""
+        running = threading.Thread(target=call)
+        running.start()
+        running.join(0.1)
+        assert running.is_alive()
+        self.may.set()
+        running.join(20)
+        assert not running.is_alive()
+
 
 @pytest.fixture
 def slow(monkeypatch):
@@ -121,12 +131,7 @@ def test_the_next_pass_waits_for_them(start, slow):
     with start() as engine:
         engine.submit(prompt(128), new_tokens=2)
         engine.step()
-        next_one = threading.Thread(target=engine.step)
-        next_one.start()
-        next_one.join(0.1)
-        assert next_one.is_alive()
-        slow.may.set()
-        next_one.join(10)
+        slow.holds_up(engine.step)
         assert not copies(engine)
         engine.run()
         assert look_up(engine, prompt(130)) == 128
@@ -310,12 +315,7 @@ def test_blocks_of_a_pass_that_fails_are_read_before_they_go(start, slow, ranks)
         engine.step()
         for rank in engine.ranks:
             rank.model._launch = breaks_off
-        failing = threading.Thread(target=engine.step)
-        failing.start()
-        failing.join(0.1)
-        assert failing.is_alive()
-        slow.may.set()
-        failing.join(20)
+        slow.holds_up(engine.step)
         for rank in engine.ranks:
             del rank.model._launch
         assert look_up(engine, prompt(130)) == 0
