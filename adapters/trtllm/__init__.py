@@ -3,7 +3,7 @@
 TensorRT-LLM asks on its leader, and copies on every rank. `hooks` has what it calls, behind the
 wall that keeps our errors from it: `connector` with a cache in the leader's process, `mp_connector`
 with a server. They pass to `scheduler` on the leader and to `worker` on every rank; `step` is what
-travels between the two, on a `board` the leader sees what ranks have copied, `meeting` tells the
+travels between the two, and by `asking` the leader has ranks copy at once. `meeting` tells the
 ranks of one engine how to find each other, and `translate` turns TensorRT-LLM's objects into ours.
 `api` is where TensorRT-LLM keeps its classes.
 """

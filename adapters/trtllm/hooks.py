@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lmcache.adapters.trtllm import api
-from lmcache.adapters.trtllm.board import Board
-from lmcache.adapters.trtllm.meeting import BOARDS, LIVE, engine_id_for
+from lmcache.adapters.trtllm.asking import Answerer, Asker, make_pipes, remove_pipes
+from lmcache.adapters.trtllm.meeting import ASKERS, LIVE, engine_id_for
 from lmcache.adapters.trtllm.scheduler import Scheduler
 from lmcache.adapters.trtllm.settings import PASSED_ON, load_settings
 from lmcache.adapters.trtllm.step import Step
@@ -71,7 +71,7 @@ class SchedulerHooks(Wall, api.KvCacheConnectorScheduler):
             engine_id,
             lambda: self._join(engine_id, settings, namespace),
             page_tokens=page_tokens_of(llm_args),
-            board=lambda: BOARDS.get(engine_id),
+            asker=lambda: ASKERS.get(engine_id),
             tells_of_cancels=api.TELLS_OF_CANCELS,
             outside=self.LOADS_OUTSIDE and api.TELLS_OF_CANCELS,
         )
@@ -196,22 +196,25 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
         """
         engine_id = api.from_leader(self._engine_id)
         try:
-            problem = api.from_leader("" if self._rank else _problem_of(self._make_board))
+            problem = api.from_leader("" if self._rank else _problem_of(self._make_pipes))
             if not problem:
-                problem = _problem_of(
-                    lambda: self._worker.open(engine_id, Board(engine_id), *look())
-                )
+                problem = _problem_of(lambda: self._begin(engine_id, *look()))
             problems = api.from_all(problem)
         finally:
             if not self._rank:
-                Board.remove(engine_id)  # all ranks have it
+                remove_pipes(engine_id)  # all ranks have opened theirs
         for text in filter(None, problems):
             self._worker.close()
             raise LayoutError(text)
 
-    def _make_board(self) -> None:
-        Board.create(self._engine_id, self._ranks)
-        BOARDS[self._engine_id] = Board(self._engine_id)
+    def _make_pipes(self) -> None:
+        make_pipes(self._engine_id, self._ranks)
+
+    def _begin(self, engine_id: str, layout: PageLayout, tensors: list[torch.Tensor]) -> None:
+        answerer = Answerer(engine_id, self._rank)
+        if not self._rank:
+            ASKERS[engine_id] = Asker(engine_id, self._ranks, answerer)
+        self._worker.open(engine_id, answerer, layout, tensors)
 
     def start_load_kv(self, stream: Any) -> None:
         """Load what the pass counts on, and begin what others wait for outside the batch.
@@ -230,9 +233,12 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
         """All layers are stored together, for the same reason."""
 
     def wait_for_save(self, stream: Any) -> None:
-        """Begin to store what the pass has computed; only end it after too many errors."""
+        """Store what the pass before has computed, if its requests are in this one.
+
+        After too many errors nothing is stored.
+        """
         try:
-            self._worker.finish(stream, stores=self.errors < TOLERATED)
+            self._worker.finish(stream if self.errors < TOLERATED else None)
         except Exception:
             self.count_error("wait_for_save")
 
@@ -267,4 +273,4 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
         """Let go of everything; again does nothing."""
         LIVE.discard(self)
         self._worker.close()
-        BOARDS.pop(self._engine_id, None)
+        ASKERS.pop(self._engine_id, None)

@@ -7,7 +7,7 @@ import uuid
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from lmcache.adapters.trtllm.board import Board
+    from lmcache.adapters.trtllm.asking import Asker
 
 _LOCK = threading.Lock()
 _WAITING: dict[int, tuple[Any, str, str]] = {}
@@ -23,7 +23,7 @@ class Closable(Protocol):
 
 LIVE: set[Closable] = set()
 """The parts in this process. Nothing but `shutdown` ends what they began."""
-BOARDS: dict[str, Board] = {}
+ASKERS: dict[str, Asker] = {}
 """By the names of engines whose leader is in this process, and that have pools."""
 
 

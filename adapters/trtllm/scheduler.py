@@ -17,7 +17,7 @@ from lmcache.core.mover import HOLE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from lmcache.adapters.trtllm.board import Board
+    from lmcache.adapters.trtllm.asking import Asker
     from lmcache.adapters.trtllm.tracked import Tracked
     from lmcache.core.client import CacheClient
     from lmcache.core.config import Config
@@ -41,13 +41,13 @@ class Scheduler:
         join: Callable[[], Joining[Any]],
         *,
         page_tokens: int,
-        board: Callable[[], Board | None],
+        asker: Callable[[], Asker | None],
         tells_of_cancels: bool,
         outside: bool,
     ) -> None:
         """`join` is called when the ranks are sure to be there.
 
-        There is a `board` from then on.
+        There is an `asker` from then on.
         With `tells_of_cancels`, requests that will not run are told to `forget`, and others may
         wait for their first pass; else a promise that the next pass does not take is void.
         With `outside`, which needs that, requests wait for their loads outside the batch.
@@ -55,7 +55,7 @@ class Scheduler:
         self._config = config
         self._matcher = Matcher(config, namespace, engine_id, page_tokens)
         self._join = join
-        self._board = board
+        self._asker = asker
         self._page_tokens = page_tokens
         self._tells = tells_of_cancels
         self._outside = outside
@@ -122,11 +122,6 @@ class Scheduler:
 
     def forget(self, request_id: int) -> None:
         """A request has ended, or begins anew: its blocks may be another's now."""
-        self._storing.reads(request_id)
-        self._lose(request_id)
-
-    def _lose(self, request_id: int) -> None:
-        """Nothing more is known of a request, which may be told to end for all that."""
         self._storing.lose(request_id)
         self._parked.pop(request_id, None)
         tracked = self._tracked.pop(request_id, None)
@@ -136,23 +131,19 @@ class Scheduler:
     def finished(self, request_id: int) -> bool:
         """A request has ended; whether the ranks have to be asked if its blocks are stored.
 
-        If it does not have them until then, this returns when no rank is reading them any more, or
-        after some seconds.
+        If it does not have them until then, they are when this returns, or it is too late.
         """
+        number = self._storing.unsaid(request_id)
+        asks = number > 0
         try:
-            last, asks = self._storing.reads(request_id), self._storing.is_unsaid(request_id)
-            if not (self.keeps_blocks and asks):
-                asks = self._have_copied(last) and asks
+            if asks and not self.keeps_blocks:
+                asker = self._asker()
+                asks = asker is not None and asker.ask(request_id, number)
             if asks:
                 self._storing.end(request_id)
         finally:
             self.forget(request_id)
         return asks
-
-    def _have_copied(self, number: int) -> bool:
-        """Wait until no rank reads what a pass stores, if there is one; whether all copied it."""
-        board = self._board()
-        return not (board and number) or board.wait(number)
 
     # ---- passes
 
@@ -174,8 +165,7 @@ class Scheduler:
                     tracked.blocks += _pages(blocks_of(data))
                     self._go_on(draft, tracked, data, data.computed_position)
             self._drop_unseen()
-            board = self._board()
-            for away in self._storing.tell(draft.step, told, board.copied if board else 0):
+            for away in self._storing.tell(draft.step, told):
                 if tracked := self._tracked.get(away):
                     tracked.done = tracked.sure
             return draft.depart()
@@ -189,7 +179,7 @@ class Scheduler:
         told = {data.request_id for data in output.new_requests}
         for request_id, tracked in list(self._tracked.items()):
             if tracked.has_begun or request_id in told:
-                self._lose(request_id)
+                self.forget(request_id)
 
     def owes(self, output: Any) -> bool:
         """Whether a request was promised something that this pass has to begin to load."""
@@ -293,7 +283,7 @@ class Scheduler:
                     self._void.append(request_id)
             elif tracked.seen > self._passes - UNSEEN:
                 continue
-            self._lose(request_id)
+            self.forget(request_id)
 
     def close(self) -> None:
         """Stop trying to attach, and let go of what is attached."""

@@ -6,7 +6,7 @@ import threading
 import time
 from concurrent.futures import wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-LOST_S = 5.0
+LOST_S = 30.0
 """How long a copy waits for a word about its request, if no pass follows that has one."""
 
 
@@ -42,22 +42,25 @@ class Copy:
     """What its pass has to reach first."""
     waits: bool
     """Whether we have to wait for that, as no device does."""
+    since: float = field(default_factory=time.monotonic)
+    made: Future[None] | None = None
+    """None if it has not begun."""
     is_good: bool = False
     """Whether all of it was copied."""
-    ended: float | None = None
-    """When it was over, one way or the other."""
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether it has begun and not ended."""
+        return self.made is not None and not self.made.done()
 
     def make(self) -> None:
         """Copy. Raises whatever goes wrong."""
-        try:
-            if self.waits:
-                self.after.synchronize()
-            started = time.perf_counter()
-            size = self.granted.mover.store(self.moves, None, None if self.waits else self.after)
-            self.is_good = True
-            log_copies(logger, f"Stored {self.tokens} tokens", size, time.perf_counter() - started)
-        finally:
-            self.ended = time.monotonic()
+        if self.waits:
+            self.after.synchronize()
+        started = time.perf_counter()
+        size = self.granted.mover.store(self.moves, None, None if self.waits else self.after)
+        self.is_good = True
+        log_copies(logger, f"Stored {self.tokens} tokens", size, time.perf_counter() - started)
 
     def end(self, *, counts: bool) -> None:
         """It is over: answer for this part of the step."""
@@ -69,38 +72,35 @@ class Copy:
 
 
 class Stores:
-    """Copies blocks on a thread of its own, while the next pass is under way.
+    """Copies blocks on a thread of its own, and none that its request may have lost.
 
     TensorRT-LLM does not tell of every block that it takes back: a request may just stay away, and
-    its blocks be another's before they have been copied. So a copy counts if its request is in a
-    pass that has not ended when the copy has: then it had its blocks all the time. Or if it ended,
-    and the leader has said that its blocks are its own until they have been read: see `Board`.
+    its blocks be another's. So a copy is made when its request is known to have them: in the next
+    pass that it is in, or when it ends and they are kept until this is over.
     """
 
     def __init__(self) -> None:
         self._pool = DaemonPool(1, "lmcache-stores")
         self._lock = threading.Lock()
-        self._copies: dict[Copy, Future[None]] = {}
-        """Those that nobody has had a word about."""
+        self._copies: list[Copy] = []
+        """Those that nobody has answered for."""
         self._kept: set[int] = set()
         """Requests that have ended, of which is to be told when their copies are made."""
         self._timer: threading.Timer | None = None
+        self._is_closed = False
 
-    def submit(self, copy: Copy) -> None:
-        """Have it made. Raises `RuntimeError` after `close`."""
+    def add(self, copy: Copy) -> None:
+        """One to be made when there is a word about its request; after `close` it never is."""
         with self._lock:
-            self._watch()
-            self._copies[copy] = self._pool.submit(copy.make)
+            if not self._is_closed:
+                self._copies.append(copy)
+                self._watch()
 
-    def afterwards(self, call: Callable[[], None]) -> None:
-        """Have something called when the copies submitted so far are over, dropped or not.
-
-        After `close` they are, and it is called at once.
-        """
-        try:
-            self._pool.submit(call)
-        except RuntimeError:
-            call()
+    def copy(self, request: int) -> None:
+        """Make the copies of one that is about to lose its blocks. Any thread may call this."""
+        with self._lock:
+            made = self._begin(lambda copy: copy.request == request)
+        wait(made)
 
     def take_ended(self, named: Iterable[int], *, is_idle: bool) -> list[int]:
         """The requests, of those that are or were named, whose copies have all been made.
@@ -110,58 +110,79 @@ class Stores:
         """
         self._kept.update(named)
         with self._lock:
-            futures = [f for copy, f in self._copies.items() if copy.request in self._kept]
-        if is_idle and futures:
-            wait(futures, IDLE_S)
+            made = self._begin(lambda copy: copy.request in self._kept)
+        if is_idle and made:
+            wait(made, IDLE_S)
         with self._lock:
-            busy = {copy.request for copy, f in self._copies.items() if not f.done()}
+            busy = {copy.request for copy in self._copies if copy.is_under_way}
         ended = sorted(self._kept - busy)
         self._kept &= busy
         return ended
 
     def settle(self, requests: Container[int]) -> None:
-        """Wait for the copies of these, who still have their blocks: what was copied counts."""
-        copies = self._take(lambda copy: copy.request in requests)
-        wait(copies.values())
+        """Make the copies of these, who have their blocks, or had until they were made.
+
+        They count.
+        """
+        with self._lock:
+            made = self._begin(lambda copy: copy.request in requests)
+            copies = self._take(lambda copy: copy.request in requests)
+        wait(made)
         with ExitStack() as last_first:  # an error in one of them must not leave out the others
             for copy in reversed(copies):
                 last_first.callback(copy.end, counts=True)
 
     def drop(self, requests: Container[int]) -> None:
-        """These may have lost their blocks: what was copied does not count."""
+        """These may have lost their blocks: what is not copied will not be, and nothing counts."""
         self._drop(lambda copy: copy.request in requests)
 
     def close(self) -> None:
         """Drop what has not begun, and return when the copy under way has ended."""
-        self._pool.close()
-        self._pool.join()
         with self._lock:
+            self._is_closed = True
             self._copies.clear()
             if self._timer:
                 self._timer.cancel()
+        self._pool.close()
+        self._pool.join()
 
-    # ----
+    # ---- with the lock held
 
-    def _take(self, which: Callable[[Copy], bool]) -> dict[Copy, Future[None]]:
-        with self._lock:
-            return {copy: self._copies.pop(copy) for copy in list(self._copies) if which(copy)}
+    def _begin(self, which: Callable[[Copy], bool]) -> list[Future[None]]:
+        """Have those made."""
+        made = []
+        for copy in filter(which, self._copies):
+            copy.made = copy.made or self._pool.submit(copy.make)
+            made.append(copy.made)
+        return made
 
-    def _drop(self, which: Callable[[Copy], bool]) -> None:
-        for copy, future in self._take(which).items():
-            # a slot is in use until nobody writes to it any more
-            future.add_done_callback(partial(_forget, copy))
+    def _take(self, which: Callable[[Copy], bool]) -> list[Copy]:
+        taken = list(filter(which, self._copies))
+        self._copies = [copy for copy in self._copies if copy not in taken]
+        return taken
 
     def _watch(self) -> None:
-        """See to it that no copy waits for ever. With the lock held."""
+        """See to it that no copy waits for ever."""
         if self._timer is None:
             timer = threading.Timer(LOST_S, self._expire)
             timer.daemon = True
             timer.start()
             self._timer = timer
 
+    # ----
+
+    def _drop(self, which: Callable[[Copy], bool]) -> None:
+        with self._lock:
+            copies = self._take(which)
+        for copy in copies:
+            if copy.made:  # a slot is in use until nobody writes to it any more
+                copy.made.add_done_callback(partial(_forget, copy))
+            else:
+                copy.end(counts=False)
+
     def _expire(self) -> None:
         too_old = time.monotonic() - LOST_S
-        self._drop(lambda copy: copy.ended is not None and copy.ended <= too_old)
+        self._drop(lambda copy: copy.since <= too_old and not copy.is_under_way)
         with self._lock:
             self._timer = None
             if self._copies:

@@ -19,8 +19,6 @@ class Storing:
     def __init__(self) -> None:
         self._requests: dict[int, int] = {}
         """By request, the pass that stored something of it, if it was in none since."""
-        self._reads: dict[int, int] = {}
-        """By request, the last pass that stored something of it, if that may not be over."""
         self._gone: list[int] = []
 
     def lose(self, request_id: int) -> None:
@@ -28,27 +26,20 @@ class Storing:
         if self._requests.pop(request_id, None):
             self._gone.append(request_id)
 
-    def reads(self, request_id: int) -> int:
-        """The last pass that may be reading blocks of a request that ends; 0 if there is none."""
-        return self._reads.pop(request_id, 0)
-
-    def is_unsaid(self, request_id: int) -> bool:
-        """Whether it has still to be said if a request has its blocks."""
-        return request_id in self._requests
+    def unsaid(self, request_id: int) -> int:
+        """The pass that stored something of a request, if it has been in none since; or 0."""
+        return self._requests.get(request_id, 0)
 
     def end(self, request_id: int) -> None:
         """The ranks will be asked about a request, so nothing has to be said of it."""
         self._requests.pop(request_id, None)
 
-    def tell(self, step: Step, requests: Iterable[int], copied: int) -> list[int]:
+    def tell(self, step: Step, requests: Iterable[int]) -> list[int]:
         """Say so in the step of a pass that these requests are in.
 
-        All ranks have made the copies of the pass `copied`, and of those before. Returns those that
-        have been away for too long.
+        Returns those that have been away for too long.
         """
         number = step.pass_number
-        self._reads = {request: last for request, last in self._reads.items() if last > copied}
-        self._reads.update((request, number) for request, _ in step.stores)
         step.running += [request for request in requests if self._requests.pop(request, None)]
         away = [request for request, last in self._requests.items() if number - last > AWAY]
         for request in away:

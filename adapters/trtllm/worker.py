@@ -9,7 +9,6 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lmcache.adapters.trtllm.board import ALL
 from lmcache.adapters.trtllm.outside import OutsideLoads
 from lmcache.adapters.trtllm.stores import Copy, Stores
 from lmcache.core.errors import LayoutError
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lmcache.adapters.trtllm.board import Board
+    from lmcache.adapters.trtllm.asking import Answerer
     from lmcache.adapters.trtllm.step import Step
     from lmcache.core.grants import Granted
     from lmcache.core.kernels.staging import Event
@@ -46,7 +45,7 @@ class Worker:
         self._grants = Grants(keeps_s=PROMISE_S, is_owed=lambda: self._outside.is_busy)
         self._is_idle = True
         """Whether no pass was begun since it was last asked what has ended."""
-        self._board: Board | None = None
+        self._answerer: Answerer | None = None
         self._device: torch.device | None = None
         self._step: Step | None = None
         """The one whose pass is under way."""
@@ -56,12 +55,13 @@ class Worker:
     def open(
         self,
         engine_id: str,
-        board: Board,
+        answerer: Answerer,
         layout: PageLayout,
         tensors: Sequence[torch.Tensor],
     ) -> None:
         """Begin to wait for a scheduling side. Raises `LayoutError` if a copy would be wrong."""
-        self._board = board
+        self._answerer = answerer
+        answerer.start(self._stores.copy)
         self._device = tensors[0].device
         if self._device.type not in DEVICES:
             raise LayoutError(f"blocks on a {self._device.type} device cannot be stored meanwhile")
@@ -95,23 +95,16 @@ class Worker:
             self._follow(stream)
             self._load(step)
 
-    def finish(self, stream: Any, *, stores: bool = True) -> None:
-        """The pass is on `stream`: begin to store what its step says. None if it failed.
+    def finish(self, stream: Any) -> None:
+        """The pass is on `stream`; None if it failed. What it computes is stored later.
 
-        Not if not `stores`; other ranks may, which the leader then waits for.
-        On return the stores that passes before it have made of its requests have ended.
+        What passes before it have computed of its requests is stored now, as they have their
+        blocks: on return, it is.
         """
         step, now = self._step, self._now
         self._step = self._now = None
         if step is None:
             return
-        try:
-            self._end(step, now, stream if stores else None)
-        finally:
-            if step.stores:
-                self._note(step.pass_number, has_begun=stream is not None)
-
-    def _end(self, step: Step, now: Granted | None, stream: Any) -> None:
         left = 1 + len(step.stores)
         try:
             if stream is not None:
@@ -126,6 +119,8 @@ class Worker:
             if now and step.number:
                 for _ in range(left):
                     now.progress.end(step.number)
+            assert self._answerer, "there are no steps before pools"
+            self._answerer.note(step.pass_number)
 
     def stored(self, named: Iterable[int]) -> list[int]:
         """The requests, of those that are or were named, whose blocks may go once settled."""
@@ -150,9 +145,11 @@ class Worker:
         self._outside.stop()
         self._grants.leave()
         self._outside.join()
+        if self._answerer:
+            self._answerer.stop()
         self._stores.close()
-        if self._board:
-            self._board.note(self._rank, ALL)
+        if self._answerer:
+            self._answerer.join()
         self._grants.close()
 
     # ----
@@ -201,15 +198,7 @@ class Worker:
     ) -> None:
         after, tokens = stream.record_event(), self._tokens(moves)
         copy = Copy(request_id, moves, now, number, tokens, after, waits=self._is_on_host)
-        self._stores.submit(copy)
-
-    def _note(self, number: int, *, has_begun: bool) -> None:
-        """Have the leader see when what this pass stores is not read any more."""
-        board, rank = self._board, self._rank
-        assert board, "there are no steps before pools"
-        if has_begun and rank == 0:
-            board.begin(number)
-        self._stores.afterwards(lambda: board.note(rank, number))
+        self._stores.add(copy)
 
     @property
     def _is_on_host(self) -> bool:

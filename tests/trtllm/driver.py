@@ -84,8 +84,6 @@ class Engine:
         self.ids = itertools.count(7_000_001, 7919)
         self.wishes, self.requests = [], []
         self.is_abandoned = False
-        self.reset_ids = set()
-        """Requests whose blocks were gone when the leader was told of it."""
         self.silent_ids = set()
         """Requests of whose end no connector is told."""
         self.hooks = SimpleNamespace(prepared=lambda executor: None, polling=lambda executor: None)
@@ -205,14 +203,7 @@ class Engine:
         if not self.profile.tells_of_cancels:
             self.silent_ids.add(request.id)
 
-    def is_silent(self, request_id):
-        """Whether a request may have lost its blocks before its connector could know."""
-        told = self.profile.finishes_at_termination
-        failed = any(r.id == request_id and r.error for r in self.requests)
-        return request_id in self.silent_ids | self.reset_ids or (failed and not told)
-
     def reset(self, request):
-        self.reset_ids.add(request.id)
         for executor in self.ranks:
             executor.resets.add(request.id)
 

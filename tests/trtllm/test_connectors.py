@@ -598,28 +598,28 @@ class TestRefusals:
             opened(self, *args)
 
         monkeypatch.setattr(worker, "open", open_)
-        before = boards()
+        before = pipes()
         with pytest.raises(ExecutorDied, match="not here"):
             Engine(v1_3, in_process(monkeypatch), ranks=2)
         importlib.import_module("lmcache.integration.tensorrt_llm").destroy_engine()
-        assert boards() == before
+        assert pipes() == before
 
-    def test_ranks_that_share_no_memory(self, v1_3, monkeypatch):
-        module = importlib.import_module("lmcache.adapters.trtllm.board")
-        monkeypatch.setattr(module, "_file_of", lambda engine_id: Path("/nowhere", engine_id))
-        with pytest.raises(ExecutorDied, match="no memory for all ranks to share: .*/nowhere/"):
+    def test_ranks_that_share_no_pipes(self, v1_3, monkeypatch):
+        module = importlib.import_module("lmcache.adapters.trtllm.asking")
+        monkeypatch.setattr(module, "_pipes_of", lambda engine_id: Path("/nowhere", engine_id))
+        with pytest.raises(ExecutorDied, match="ranks cannot be asked: .*/nowhere/"):
             Engine(v1_3, in_process(monkeypatch), ranks=2)
         importlib.import_module("lmcache.integration.tensorrt_llm").destroy_engine()
 
 
-def boards():
-    return set(Path("/dev/shm").glob("lmcache-board-*"))
+def pipes():
+    return set(Path("/dev/shm").glob("lmcache-ask-*"))
 
 
 def test_no_file_is_left_while_an_engine_runs(v1_3, monkeypatch):
-    before = boards()
+    before = pipes()
     with Engine(v1_3, in_process(monkeypatch), ranks=2):
-        assert boards() == before
+        assert pipes() == before
 
 
 class TestFrontDoor:

@@ -13,7 +13,7 @@ from judge import BatchFailed, Violation
 from ours import in_process, with_server
 from suite import polls, queries
 
-from lmcache.adapters.trtllm.board import Board
+from lmcache.adapters.trtllm.asking import Asker
 from lmcache.adapters.trtllm.meeting import engine_id_for
 from lmcache.core.mover import Mover
 from lmcache.core.wall import TOLERATED
@@ -33,12 +33,13 @@ class Slow:
     """Stores that begin when they may."""
 
     def __init__(self, monkeypatch):
-        self.may = threading.Event()
+        self.may, self.begun = threading.Event(), threading.Event()
         self.fails = False
         store = Mover.store
 
         def slow(mover, *args):
             if is_later():
+                self.begun.set()
                 assert self.may.wait(20)
                 if self.fails:
                     raise OSError("the device is gone")
@@ -256,7 +257,7 @@ class TestBlocksThatGo:
     def test_what_is_read_too_late_is_seen(self, start, slow):
         """The look at each read finds what it is there for."""
         with start(blocks=12) as engine:
-            engine.leader._scheduler._have_copied = lambda number: True
+            engine.leader._scheduler._asker = lambda: SimpleNamespace(ask=lambda *pass_: True)
             engine.submit(prompt(120), new_tokens=20)
             engine.submit(prompt(128), new_tokens=1)
             engine.step()
@@ -265,19 +266,29 @@ class TestBlocksThatGo:
             with pytest.raises(Violation, match="read: .* are nobody's"):
                 engine.run()
 
-    def test_or_do_not_count_if_that_takes_too_long(self, start, slow, monkeypatch):
-        with start(blocks=12) as engine:
-            monkeypatch.setattr(sys.modules[Board.__module__], "COPIED_S", 0.05)
+    def test_or_never_if_a_rank_is_stuck(self, start, monkeypatch):
+        may = threading.Event()
+        with start(blocks=12, ranks=2) as engine:
+            asking = sys.modules[Asker.__module__]
+            answer = asking.Answerer._answer
+
+            def late(answerer, *question):
+                assert answerer._rank == 0 or may.wait(20)
+                answer(answerer, *question)
+
+            monkeypatch.setattr(asking.Answerer, "_answer", late)
+            monkeypatch.setattr(asking, "BEGIN_S", 0.05)
             engine.hooks.polling = lambda executor: executor.memory.forget()
-            request = engine.submit(prompt(128), new_tokens=1)
-            engine.silent_ids.add(request.id)  # it is read after all
+            engine.submit(prompt(128), new_tokens=1)
             engine.step()
             assert polls(engine)[-1] == ([], [], [], [])
             assert kept(engine) == 0
-            slow.may.set()
+            monkeypatch.setattr(asking, "BEGIN_S", 20)
+            may.set()
             run_others(engine)
             assert is_tidy(engine)
             assert look_up(engine, prompt(130)) == 0
+            assert look_up(engine, prompt(130)) == 128
             engine.audit()
 
     @pytest.mark.parametrize("rank", [0, 1])
@@ -288,8 +299,8 @@ class TestBlocksThatGo:
             for seed in range(3):
                 engine.submit(prompt(128, seed), new_tokens=1)
                 engine.run()
-            [board] = sys.modules[engine_id_for.__module__].BOARDS.values()
-            assert board._stuck == -1, "nobody has waited in vain"
+            [asker] = sys.modules[engine_id_for.__module__].ASKERS.values()
+            assert not asker._owing, "nobody has waited in vain"
             assert look_up(engine, prompt(130)) == 0
             engine.audit()
 
@@ -306,18 +317,22 @@ class TestBlocksThatGo:
             engine.audit()
 
 
-@pytest.mark.parametrize("profile", ["v1_1"], indirect=True)
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_blocks_of_a_pass_that_fails_are_read_before_they_go(start, slow, ranks):
-    """What the pass before has begun to store of them."""
-    with start(blocks=12, ranks=ranks) as engine:
+def test_nothing_is_read_when_a_pass_fails(start, slow, ranks, overlap):
+    """Not even what the pass before has computed: its blocks go without a word."""
+    with start(blocks=12, ranks=ranks, overlap=overlap) as engine:
         engine.submit(prompt(128), new_tokens=3)
         engine.step()
         for rank in engine.ranks:
             rank.model._launch = breaks_off
-        slow.holds_up(engine.step)
+        engine.step()
         for rank in engine.ranks:
             del rank.model._launch
+        run_others(engine)
+        assert is_tidy(engine)
+        assert not slow.begun.is_set()
+        slow.may.set()
         assert look_up(engine, prompt(130)) == 0
         engine.audit()
 
@@ -393,7 +408,6 @@ def test_a_prefill_that_waits_for_its_turn_is_stored_again(start):
     with start(chunked=True, max_num_tokens=64) as engine:
         engine.submit(prompt(200))
         engine.step()
-        until(lambda: all(copy.ended for copy in copies(engine)))
         for _ in range(AWAY):
             others = SimpleNamespace(new_requests=[], cached_requests=[])
             engine.ranks[0].manager.worker.bind_connector_meta(

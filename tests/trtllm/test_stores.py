@@ -19,7 +19,7 @@ class Rank:
 
     def __init__(self):
         self.may, self.begun = threading.Event(), threading.Event()
-        self.published, self.ended = [], []
+        self.made, self.published, self.ended = [], [], []
         self.mover = SimpleNamespace(store=self.store, publish=self.published.append)
         self.progress = SimpleNamespace(end=self.ended.append)
         self.stores = Stores()
@@ -29,16 +29,29 @@ class Rank:
         assert self.may.wait(10)
         if moves == "bad":
             raise OSError("the device is gone")
+        self.made.append(moves)
         return 1
 
-    def submit(self, request, step=1, moves="good"):
+    def add(self, request, step=1, moves="good"):
         event = SimpleNamespace(synchronize=lambda: None)
-        self.stores.submit(Copy(request, moves, self, step, 64, event, waits=True))
+        self.stores.add(Copy(request, moves, self, step, 64, event, waits=True))
 
-    def let(self):
-        """The copies so far end."""
+    def begin(self, call, *args, **named):
+        """A call on a thread, which is held up by a copy."""
+        thread = threading.Thread(target=call, args=args, kwargs=named)
+        thread.start()
+        assert self.begun.wait(10)
+        thread.join(0.05)
+        assert thread.is_alive()
+        return thread
+
+    def end(self, *threads):
+        """The copies so far end, and so do calls that they hold up."""
         self.may.set()
         assert self.stores._pool.wait(10)
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 @pytest.fixture
@@ -49,76 +62,118 @@ def rank():
     rank.stores.close()
 
 
+def test_nothing_is_read_before_there_is_a_word_about_it(rank):
+    rank.may.set()
+    rank.add(7)
+    rank.stores.settle([8])
+    rank.stores.copy(9)
+    assert rank.stores.take_ended([10], is_idle=True) == [10]
+    assert not rank.stores._pool._threads
+    assert (rank.made, rank.ended) == ([], [])
+
+
 def test_a_copy_counts_when_its_request_is_in_the_next_pass(rank):
-    rank.submit(7)
-    rank.submit(8)
+    rank.add(7)
+    rank.add(8)
     rank.may.set()
     rank.stores.settle([7, 9])
-    assert (rank.published, rank.ended) == (["good"], [1])
+    assert (rank.made, rank.published, rank.ended) == (["good"], ["good"], [1])
     rank.stores.settle([7])
     assert rank.ended == [1]
     rank.stores.settle([8])
     assert rank.ended == [1, 1]
 
 
-def test_those_that_count_are_waited_for(rank):
-    rank.submit(7)
-    rank.stores.settle([8])
-    settled = threading.Thread(target=rank.stores.settle, args=([7],))
-    settled.start()
-    settled.join(0.05)
-    assert settled.is_alive()
+def test_a_pass_goes_on_when_its_requests_are_copied(rank):
+    rank.add(7)
+    settled = rank.begin(rank.stores.settle, [7])
+    rank.end(settled)
+    assert (rank.published, rank.ended) == (["good"], [1])
+
+
+def test_what_is_about_to_go_is_copied_and_counts_later(rank):
+    rank.add(7)
+    rank.end(rank.begin(rank.stores.copy, 7))
+    rank.stores.copy(7)
+    assert (rank.made, rank.published, rank.ended) == (["good"], [], [])
+    assert rank.stores.take_ended([7], is_idle=False) == [7]
+    rank.stores.settle([7])
+    assert (rank.made, rank.published, rank.ended) == (["good"], ["good"], [1])
+
+
+def test_or_not_if_its_blocks_have_not_stayed(rank):
     rank.may.set()
-    settled.join(10)
-    assert rank.ended == [1]
+    rank.add(7)
+    rank.stores.copy(7)
+    rank.stores.drop([7])
+    assert (rank.made, rank.published, rank.ended) == (["good"], [], [1])
+
+
+def test_what_is_kept_is_copied_while_others_run(rank):
+    rank.add(7)
+    rank.add(8)
+    assert rank.stores.take_ended([7, 9], is_idle=False) == [9]
+    assert rank.begun.wait(10)
+    assert rank.stores.take_ended([], is_idle=True) == []
+    rank.end()
+    assert rank.stores.take_ended([], is_idle=False) == [7]
+    assert rank.stores.take_ended([], is_idle=False) == []
+    rank.stores.settle([7])
+    assert (rank.made, rank.ended) == (["good"], [1])
 
 
 def test_what_is_waited_for_does_not_expire(rank, monkeypatch):
     monkeypatch.setattr(module, "LOST_S", 0.02)
-    rank.submit(7)
+    rank.add(7)
+    rank.stores.take_ended([7], is_idle=False)
     time.sleep(0.1)
-    settled = threading.Thread(target=rank.stores.settle, args=([7],))
-    settled.start()
+    assert rank.ended == []
+    settled = rank.begin(rank.stores.settle, [7])
     time.sleep(0.1)
-    rank.may.set()
-    settled.join(10)
-    assert rank.published == ["good"]
+    rank.end(settled)
+    assert (rank.published, rank.ended) == (["good"], [1])
 
 
-@pytest.mark.parametrize("is_over", [False, True])
-def test_a_request_that_is_gone(rank, is_over):
-    rank.submit(7)
-    if is_over:
-        rank.let()
+def test_a_request_that_is_gone(rank):
+    rank.add(7)
     rank.stores.drop([7, 9])
-    assert rank.ended == [1] * is_over, "a slot is in use while it is written to"
-    rank.let()
+    assert rank.ended == [1]
+    rank.stores.settle([7])
+    assert (rank.made, rank.published, rank.ended) == ([], [], [1])
+
+
+def test_one_that_is_gone_while_it_is_copied(rank):
+    rank.add(7)
+    copied = rank.begin(rank.stores.copy, 7)
+    rank.stores.drop([7])
+    assert rank.ended == [], "a slot is in use while it is written to"
+    rank.end(copied)
     rank.stores.settle([7])
     assert (rank.published, rank.ended) == ([], [1])
 
 
 def test_a_request_may_come_again(rank):
     """Its number is another's, or it has begun anew."""
-    rank.submit(7, 1)
+    rank.may.set()
+    rank.add(7, 1)
     rank.stores.drop([7])
-    rank.submit(7, 2)
-    rank.let()
+    rank.add(7, 2)
     rank.stores.settle([7])
     assert (len(rank.published), sorted(rank.ended)) == (1, [1, 2])
 
 
 def test_a_copy_that_failed_does_not_count(rank):
-    rank.submit(7, moves="bad")
-    rank.let()
+    rank.may.set()
+    rank.add(7, moves="bad")
     rank.stores.settle([7])
     assert (rank.published, rank.ended) == ([], [1])
 
 
 def test_an_error_of_the_slab_leaves_nothing_unanswered(rank):
     rank.mover.publish = lambda moves: 1 / 0
+    rank.may.set()
     for step in (1, 2, 3):
-        rank.submit(7, step)
-    rank.let()
+        rank.add(7, step)
     with pytest.raises(ZeroDivisionError):
         rank.stores.settle([7])
     assert rank.ended == [1, 2, 3]
@@ -126,65 +181,45 @@ def test_an_error_of_the_slab_leaves_nothing_unanswered(rank):
 
 def test_nobody_waits_for_ever(rank, monkeypatch):
     monkeypatch.setattr(module, "LOST_S", 0.05)
+    rank.may.set()
     deadline = time.monotonic() + 10
     for number in (1, 2):
-        rank.submit(number, number)
-        rank.let()
+        rank.add(number, number)
+        rank.stores.copy(number) if number == 2 else None
         while len(rank.ended) < number:
             assert time.monotonic() < deadline
     assert rank.published == []
 
 
 def test_what_is_under_way_ends_before_it_closes(rank):
-    rank.submit(7)
-    rank.submit(8)
-    assert rank.begun.wait(10)
-    closed = threading.Thread(target=rank.stores.close)
-    closed.start()
-    closed.join(0.05)
-    assert closed.is_alive()
+    rank.add(7)
+    rank.add(8)
+    settled = rank.begin(rank.stores.settle, [7, 8])
+    closed = rank.begin(rank.stores.close)
     rank.may.set()
-    closed.join(10)
-    assert not closed.is_alive()
-    with pytest.raises(RuntimeError, match="closed"):
-        rank.submit(9)
-    rank.stores.settle([7, 8, 9])
+    for thread in (settled, closed):
+        thread.join(10)
+        assert not thread.is_alive()
+    assert rank.made == ["good"]
 
 
-def test_what_comes_afterwards(rank):
-    called = []
-    rank.submit(7)
-    rank.stores.drop([7])
-    rank.stores.afterwards(lambda: called.append(1))
-    assert rank.begun.wait(10)
-    assert not called, "what does not count is read all the same"
-    rank.let()
-    assert called == [1]
+def test_nothing_is_read_after_it_has_closed(rank):
+    rank.may.set()
+    rank.add(7)
     rank.stores.close()
-    rank.stores.afterwards(lambda: called.append(2))
-    assert called == [1, 2]
-
-
-def test_nobody_waits_for_what_was_dropped_by_closing(rank):
-    rank.submit(7)
-    rank.submit(8)
-    settled = threading.Thread(target=rank.stores.settle, args=([7, 8],))
-    settled.start()
-    settled.join(0.05)
-    assert settled.is_alive()
-    closed = threading.Thread(target=rank.stores.close)
-    closed.start()
-    rank.may.set()
-    closed.join(10)
-    settled.join(10)
-    assert not settled.is_alive()
+    rank.add(8)
+    for request in (7, 8):
+        rank.stores.copy(request)
+        rank.stores.settle([request])
+    assert rank.stores.take_ended([7, 8], is_idle=True) == [7, 8]
+    assert rank.made == []
 
 
 class TestStoring:
     @staticmethod
-    def tell(storing, number, requests, stores=(), copied=0):
+    def tell(storing, number, requests, stores=()):
         step = Step(stores=[(request, []) for request in stores], pass_number=number)
-        away = storing.tell(step, requests, copied)
+        away = storing.tell(step, requests)
         return step.running, step.gone, away
 
     def test_who_was_stored_is_named_in_its_next_pass(self):
@@ -217,27 +252,8 @@ class TestStoring:
         storing = Storing()
         self.tell(storing, 1, [7, 8], stores=[7, 8])
         self.tell(storing, 2, [8])
-        assert [storing.is_unsaid(request) for request in (7, 8, 9)] == [True, False, False]
+        assert [storing.unsaid(request) for request in (7, 8, 9)] == [1, 0, 0]
         storing.end(7)
-        assert not storing.is_unsaid(7)
+        assert not storing.unsaid(7)
         storing.lose(7)
         assert self.tell(storing, 3, []) == ([], [], [])
-
-    def test_what_is_read_is_known_until_it_was(self):
-        """Whatever was said of the request meanwhile."""
-        storing = Storing()
-        self.tell(storing, 1, [6, 7, 8, 9], stores=[6, 7, 8, 9])
-        self.tell(storing, 2, [6, 7], stores=[7])
-        storing.lose(8)
-        storing.end(9)
-        assert [storing.reads(request) for request in (5, 6)] == [0, 1]
-        assert storing.reads(6) == 0, "it has ended"
-        self.tell(storing, 3, [], copied=1)
-        assert [storing.reads(request) for request in (7, 8, 9)] == [2, 0, 0]
-
-    def test_who_has_lost_its_blocks_may_be_read_all_the_same(self):
-        storing = Storing()
-        self.tell(storing, 1, [7], stores=[7])
-        for number in range(2, AWAY + 4):
-            self.tell(storing, number, [])
-        assert storing.reads(7) == 1
