@@ -18,9 +18,12 @@ from struct import Struct
 from typing import TYPE_CHECKING
 
 from lmcache.core.errors import LayoutError
+from lmcache.core.log import init_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+logger = init_logger(__name__)
 
 BEGIN_S = 3.0
 """How soon a rank has to begin. One that has begun is waited for."""
@@ -28,7 +31,7 @@ QUESTION = Struct("=QQd")
 """The request, the pass, and by when to begin: a time of this machine's monotonic clock."""
 ANSWER = Struct("=IB")
 """The rank, and one of these:"""
-BEGINS, COPIED, LATE, CLOSED = range(4)
+BEGINS, COPIED, FAILED, CLOSED = range(4)
 
 
 def _pipes_of(engine_id: str) -> Path:
@@ -125,12 +128,13 @@ class Answerer:
     def _answer(self, request_id: int, number: int, until: float) -> None:
         copy = self._wait_for(number, until)
         self._say(BEGINS)  # before the look at the clock: who is in time is waited for
-        is_late = time.monotonic() >= until
+        said = FAILED
         try:
-            if copy and not is_late:
+            if copy and time.monotonic() < until:
                 copy(request_id)
+                said = COPIED
         finally:
-            self._say(COPIED if copy and not is_late else LATE)
+            self._say(said)
 
     def _wait_for(self, number: int, until: float) -> Callable[[int], None] | None:
         """What copies what a pass is to store, once that is known; None if it is not in time."""
@@ -157,6 +161,8 @@ class Asker:
         """Those of them that have begun."""
         self._copied = 0
         """How many have copied what they were asked about last."""
+        self._missed = 0
+        """The last pass that a rank did not copy all of."""
         self._has_lost = False
         """Whether one has closed."""
 
@@ -165,10 +171,11 @@ class Asker:
 
         `number` is the pass that is the last to store something of it.
         When this returns, none of them reads its blocks, or will. Nobody is asked while a rank
-        that was stuck has not answered.
+        that was stuck has not answered, nor about a pass that failed, or that one has missed.
         """
         self._hear(0)
-        if self._owing or self._has_lost or self._beside.number < number:  # the pass has failed
+        is_too_late = self._missed >= number or self._beside.number < number
+        if self._owing or self._has_lost or is_too_late:
             return False
         until = time.monotonic() + BEGIN_S
         question = QUESTION.pack(request_id, number, until)
@@ -180,7 +187,11 @@ class Asker:
         self._hear(0)  # who has begun in time has said so by now
         while self._begun:
             self._hear(None)
-        return self._copied == len(self._questions)
+        if self._copied == len(self._questions):
+            return True
+        self._missed = number
+        logger.warning("not stored: a rank was not ready to copy blocks of request %d", request_id)
+        return False
 
     def _hear(self, timeout_s: float | None) -> None:
         """Take what answers there are, or the first that comes in time."""

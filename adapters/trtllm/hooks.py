@@ -204,7 +204,7 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
             if not self._rank:
                 remove_pipes(engine_id)  # all ranks have opened theirs
         for text in filter(None, problems):
-            self._worker.close()
+            self._close()
             raise LayoutError(text)
 
     def _make_pipes(self) -> None:
@@ -272,5 +272,8 @@ class WorkerHooks(Wall, api.KvCacheConnectorWorker):
     def shutdown(self) -> None:
         """Let go of everything; again does nothing."""
         LIVE.discard(self)
-        self._worker.close()
+        self._close()
+
+    def _close(self) -> None:
         ASKERS.pop(self._engine_id, None)
+        self._worker.close()

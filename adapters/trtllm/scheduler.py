@@ -171,6 +171,7 @@ class Scheduler:
             return draft.depart()
         except BaseException:
             draft.cancel()
+            self._storing.take_back(draft.step)
             self._lose_track(output)
             raise
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 LOST_S = 30.0
-"""How long a copy waits for a word about its request, if no pass follows that has one."""
+"""How long a copy waits at least for a word about its request, if no pass follows that has one."""
 
 
 @dataclass(eq=False)
@@ -89,12 +89,16 @@ class Stores:
         self._timer: threading.Timer | None = None
         self._is_closed = False
 
+    def start(self) -> None:
+        """Have the thread, so that no later call fails for want of one."""
+        self._pool.submit(lambda: None)
+
     def add(self, copy: Copy) -> None:
         """One to be made when there is a word about its request; after `close` it never is."""
         with self._lock:
             if not self._is_closed:
-                self._copies.append(copy)
                 self._watch()
+                self._copies.append(copy)
 
     def copy(self, request: int) -> None:
         """Make the copies of one that is about to lose its blocks. Any thread may call this."""
@@ -182,7 +186,11 @@ class Stores:
 
     def _expire(self) -> None:
         too_old = time.monotonic() - LOST_S
-        self._drop(lambda copy: copy.since <= too_old and not copy.is_under_way)
+        self._drop(
+            lambda copy: (
+                copy.since <= too_old and not (copy.is_under_way or copy.request in self._kept)
+            )
+        )
         with self._lock:
             self._timer = None
             if self._copies:

@@ -47,3 +47,7 @@ class Storing:
         step.gone, self._gone = self._gone, []
         self._requests.update((request, number) for request, _ in step.stores)
         return away
+
+    def take_back(self, step: Step) -> None:
+        """It will not be sent: of whom it speaks, nobody has been told."""
+        self._gone += step.running + step.gone

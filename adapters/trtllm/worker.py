@@ -60,8 +60,9 @@ class Worker:
         tensors: Sequence[torch.Tensor],
     ) -> None:
         """Begin to wait for a scheduling side. Raises `LayoutError` if a copy would be wrong."""
-        self._answerer = answerer
+        self._stores.start()
         answerer.start(self._stores.copy)
+        self._answerer = answerer
         self._device = tensors[0].device
         if self._device.type not in DEVICES:
             raise LayoutError(f"blocks on a {self._device.type} device cannot be stored meanwhile")

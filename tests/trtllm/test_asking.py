@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -70,20 +72,20 @@ def leader(engine_id, ranks):
     return Asker(engine_id, 2, ranks[0].answerer)
 
 
-def ask_while(leader, call):
+def ask_while(leader, call, held_s=0.1):
     """What the leader is told, which it is not before `call()`."""
     with futures.ThreadPoolExecutor(1) as threads:
         answer = threads.submit(leader.ask, 7, PASS)
         with pytest.raises(futures.TimeoutError):
-            answer.result(0.1)
+            answer.result(held_s)
         call()
         return answer.result(10)
 
 
-def until_asked(leader):
+def until_asked(leader, number):
     """A rank that was late has still to say so."""
     deadline = time.monotonic() + 10
-    while not leader.ask(8, PASS):
+    while not leader.ask(8, number):
         assert time.monotonic() < deadline
 
 
@@ -108,7 +110,7 @@ def test_however_long_one_takes_that_has_begun(leader, ranks, monkeypatch):
     monkeypatch.setattr(module, "BEGIN_S", 0.3)
     ranks[1].start()
     ranks[1].may.clear()
-    assert ask_while(leader, ranks[1].may.set)
+    assert ask_while(leader, ranks[1].may.set, held_s=0.6)
 
 
 def test_and_until_it_knows_what_the_pass_stores(leader, ranks):
@@ -124,14 +126,32 @@ def test_but_not_for_what_it_will_never_know(leader, ranks, monkeypatch):
     ranks[1].answerer.start(ranks[1].copy)
     assert not leader.ask(7, PASS)
     monkeypatch.setattr(module, "BEGIN_S", 20)
-    ranks[1].answerer.note(PASS)
-    until_asked(leader)
+    for rank in ranks:
+        rank.answerer.note(PASS + 1)
+    until_asked(leader, PASS + 1)
     assert ranks[1].asked == [8]
 
 
-def test_of_a_pass_that_failed_nobody_is_asked(leader, ranks):
+def test_nor_twice_for_the_same(leader, ranks, monkeypatch):
+    monkeypatch.setattr(module, "BEGIN_S", 0.3)
+    ranks[1].answerer.start(ranks[1].copy)
+    assert not leader.ask(7, PASS)
+    ranks[1].answerer.note(PASS)
+    monkeypatch.setattr(module, "BEGIN_S", 20)
+    began = time.monotonic()
+    while leader._owing:
+        assert not leader.ask(8, PASS)
+    assert not leader.ask(8, PASS)
+    assert time.monotonic() - began < 10
+    assert 8 not in ranks[1].asked
+
+
+def test_of_a_pass_that_failed_nobody_is_asked(leader, ranks, monkeypatch):
+    monkeypatch.setattr(module, "BEGIN_S", 20)
     ranks[1].start()
+    began = time.monotonic()
     assert not leader.ask(7, PASS + 1)
+    assert time.monotonic() - began < 10
     assert leader.ask(8, PASS)
     assert [rank.asked for rank in ranks] == [[8], [8]]
 
@@ -169,7 +189,9 @@ def test_and_asked_again_when_it_goes_on(leader, ranks, monkeypatch):
     assert not leader.ask(7, PASS)
     ranks[1].start()
     monkeypatch.setattr(module, "BEGIN_S", 20)
-    until_asked(leader)
+    for rank in ranks:
+        rank.answerer.note(PASS + 1)
+    until_asked(leader, PASS + 1)
     assert (ranks[0].copied, ranks[1].copied) == ([7, 8], [8])
 
 
@@ -206,8 +228,27 @@ def test_it_closes_when_its_copy_is_made(leader, ranks):
 def test_an_error_of_a_rank_holds_up_nobody(leader, ranks):
     ranks[1].start()
     ranks[1].fails = True
-    leader.ask(7, PASS)
-    assert not leader.ask(8, PASS), "it answers no more"
+    assert not leader.ask(7, PASS)
+    assert ranks[1].copied == []
+
+
+def test_a_rank_in_another_process(engine_id, ranks, monkeypatch):
+    monkeypatch.setattr(module, "BEGIN_S", 60)  # it has to start
+    ranks[0].start()
+    leader = Asker(engine_id, 2, ranks[0].answerer)
+    code = (
+        "import sys; from lmcache.adapters.trtllm.asking import Answerer\n"
+        "answerer = Answerer(sys.argv[1], 1)\n"
+        "answerer.start(lambda request: print(request, flush=True))\n"
+        "answerer.note(int(sys.argv[2])); sys.stdin.read(); answerer.stop(); answerer.join()"
+    )
+    command = [sys.executable, "-c", code, engine_id, str(PASS)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as child:
+        assert leader.ask(1 << 40, PASS)
+        said, _ = child.communicate("")
+    assert said.split() == [str(1 << 40)]
+    assert not leader.ask(8, PASS), "it has closed"
 
 
 def test_nothing_is_left_of_it(engine_id, leader, ranks):

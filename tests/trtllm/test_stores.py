@@ -134,6 +134,31 @@ def test_what_is_waited_for_does_not_expire(rank, monkeypatch):
     assert (rank.published, rank.ended) == (["good"], [1])
 
 
+def test_nor_does_what_is_kept_until_it_is_asked_for(rank, monkeypatch):
+    monkeypatch.setattr(module, "LOST_S", 0.02)
+    rank.add(7)
+    rank.stores.take_ended([7], is_idle=False)
+    rank.end()
+    time.sleep(0.1)
+    assert rank.stores.take_ended([], is_idle=False) == [7]
+    rank.stores.settle([7])
+    assert (rank.published, rank.ended) == (["good"], [1])
+
+
+def test_a_copy_that_cannot_be_watched_is_not_there(rank, monkeypatch):
+    def start(timer):
+        raise RuntimeError("can't start new thread")
+
+    rank.may.set()
+    rank.stores.start()
+    monkeypatch.setattr(module.threading.Timer, "start", start)
+    with pytest.raises(RuntimeError, match="new thread"):
+        rank.add(7)
+    monkeypatch.undo()
+    rank.stores.settle([7])
+    assert (rank.made, rank.ended) == ([], [])
+
+
 def test_a_request_that_is_gone(rank):
     rank.add(7)
     rank.stores.drop([7, 9])
@@ -257,3 +282,12 @@ class TestStoring:
         assert not storing.unsaid(7)
         storing.lose(7)
         assert self.tell(storing, 3, []) == ([], [], [])
+
+    def test_what_was_not_sent_is_said_later(self):
+        storing = Storing()
+        self.tell(storing, 1, [7, 8], stores=[7, 8])
+        storing.lose(8)
+        step = Step(pass_number=2)
+        storing.tell(step, [7])
+        storing.take_back(step)
+        assert self.tell(storing, 3, [7]) == ([], [7, 8], [])
