@@ -420,6 +420,23 @@ def test_a_prefill_that_waits_for_its_turn_is_stored_again(start):
         engine.audit()
 
 
+def test_a_step_that_is_not_sent(start, monkeypatch):
+    """What it was to say is said with the next."""
+    with start() as engine:
+        engine.submit(prompt(128), new_tokens=4)
+        engine.step()
+        step = sys.modules[type(engine.leader._scheduler).__module__].Draft
+        with monkeypatch.context() as broken:
+            broken.setattr(step, "depart", lambda draft: 1 / 0)
+            engine.step()
+        assert copies(engine)
+        engine.step()
+        assert is_tidy(engine)
+        engine.run()
+        assert look_up(engine, prompt(130)) == 0
+        engine.audit()
+
+
 def test_a_store_that_fails(start, slow):
     slow.fails = True
     slow.may.set()

@@ -134,6 +134,15 @@ def test_what_is_waited_for_does_not_expire(rank, monkeypatch):
     assert (rank.published, rank.ended) == (["good"], [1])
 
 
+def test_nor_does_what_is_being_copied(rank, monkeypatch):
+    monkeypatch.setattr(module, "LOST_S", 0.02)
+    rank.add(7)
+    copied = rank.begin(rank.stores.copy, 7)
+    time.sleep(0.1)
+    assert len(rank.stores._copies) == 1
+    rank.end(copied)
+
+
 def test_nor_does_what_is_kept_until_it_is_asked_for(rank, monkeypatch):
     monkeypatch.setattr(module, "LOST_S", 0.02)
     rank.add(7)
