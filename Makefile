@@ -60,6 +60,6 @@ docs: ## Write the generated pages anew
 	mv docs/configuration.md.new docs/configuration.md
 
 clean: ## Remove everything that was built, .venv included
-	rm -rf $(VENV) .engines .sglang .cache build dist *.egg-info bench-results demo-results
+	rm -rf $(VENV) .engines .sglang .triton .cache build dist *.egg-info bench-results demo-results
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

