@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmcache.core.errors import DeviceError
 from lmcache.core.kernels.accelerator import AcceleratorPages, BothWays
 from lmcache.core.kernels.calibrate import Notebook, calibrate
 from lmcache.core.kernels.copier import mark_on
@@ -148,6 +149,9 @@ class _Registrar:
         self._driver.bind(self._device)
         self.stay_near()
         self._driver.register(address, size)
+        if self._driver.device_address(address) != address:  # as on WSL 2
+            self._driver.unregister(address)
+            raise DeviceError("the device sees pinned memory at another address")
 
     def unregister(self, address: int) -> None:
         self._driver.bind(self._device)

@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 
 from lmcache.core.kernels.guard import enter, leave
-from lmcache.core.kernels.words import PROGRAMS, WARPS, copy_rows, tile_bytes, word_of
+from lmcache.core.kernels.words import (
+    PROGRAMS,
+    WARPS,
+    copy_rows,
+    on_device,
+    tile_bytes,
+    word_of,
+)
 
 if TYPE_CHECKING:
     from lmcache.core.kernels.plan import Int64s, Pages, Shape
@@ -150,7 +157,7 @@ class PagedKernel:
         n_regions, n_runs = self._offsets.shape
         piece, rows = self._tiling(word)
         _paged_kernel[(grid,)](
-            torch.from_numpy(table).to(self._device),
+            on_device(table, self._device),
             self._regions,
             self._offsets,
             self._places,

@@ -5,13 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import triton
 import triton.language as tl
 
-from lmcache.core.kernels.words import PROGRAMS, WARPS, copy_rows, tile_bytes, word_of
+from lmcache.core.kernels.words import (
+    PROGRAMS,
+    WARPS,
+    copy_rows,
+    on_device,
+    tile_bytes,
+    word_of,
+)
 
 if TYPE_CHECKING:
+    import torch
+
     from lmcache.core.kernels.plan import Int64s
 
 
@@ -48,7 +56,7 @@ def copy_runs(
         return
     word = word_of(target, source, length)
     _runs_kernel[(min(programs, len(length)),)](
-        torch.from_numpy(np.stack((source, target, length))).to(device),
+        on_device(np.stack((source, target, length)), device),
         len(length),
         WORD=word,
         PIECE=tile_bytes(word),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 
@@ -34,6 +35,18 @@ def word_of(*columns: Int64s) -> int:
 def tile_bytes(word: int) -> int:
     """How many bytes a program copies at once: elements are of at most 8 bytes."""
     return TILE * min(word, 8)
+
+
+def on_device(table: Int64s, device: torch.device) -> torch.Tensor:
+    """A table where kernels can read it, in the order of the stream.
+
+    From pinned memory if it goes to a GPU: else torch would wait for all that the stream is to do
+    before, and copies that are to overlap would take turns.
+    """
+    host = torch.from_numpy(table)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 @triton.jit

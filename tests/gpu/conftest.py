@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 TESTS = Path(__file__).resolve().parent.parent
+
+# streams that share a queue of the device wait for each other; to be said before CUDA begins
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def load(name, folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pools
 import pytest
@@ -19,6 +21,8 @@ POOLS = pools.all_pools()
 SOME = [name for index, name in enumerate(POOLS) if index % 9 == 0]
 SLEEP = 200_000_000
 """Cycles: a tenth of a second."""
+STREAMS = 8
+"""Of torch's, some may share a queue with ours: then they wait though nobody asked them to."""
 
 
 @pytest.fixture
@@ -107,19 +111,22 @@ def test_a_store_waits_for_the_forward(path, on_gpu, slab, pages_on):
     spans = [Span(0, len(PAGES), 0, PAGES)]
     final = pool.memory.clone()
     expected = pool.object(PAGES).numpy().tobytes()
-    forward = torch.cuda.Stream()
-    for waits in (True, False):
+
+    def arrives(*, waits):
         pool.memory.zero_()
         torch.cuda.synchronize()
-        with torch.cuda.stream(forward):
+        with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda._sleep(SLEEP)
             pool.memory.copy_(final)
             written = torch.cuda.Event()
             written.record()
         copies.copy(spans, None, to_slab=True, after=written if waits else None)
         arrived = bytes(slab.view[: len(expected)]) == expected
-        assert arrived is waits, "without the wait the pages are empty"
         torch.cuda.synchronize()
+        return arrived
+
+    assert arrives(waits=True)
+    assert not all(arrives(waits=False) for _ in range(STREAMS)), "without it pages are empty"
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -129,19 +136,31 @@ def test_a_load_waits_until_its_pages_have_been_cleared(path, on_gpu, slab, page
     spans = [Span(0, len(PAGES), 0, PAGES)]
     expected = pool.object(PAGES)
     copies.copy(spans, None, to_slab=True)
-    forward = torch.cuda.Stream()
-    for waits in (True, False):
-        with torch.cuda.stream(forward):
+
+    def arrives(*, waits):
+        with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda._sleep(SLEEP)
             pool.memory.zero_()
             cleared = torch.cuda.Event()
             cleared.record()
         copies.copy(spans, None, to_slab=False, after=cleared if waits else None)
         torch.cuda.synchronize()
-        assert torch.equal(pool.object(PAGES), expected) is waits
+        return torch.equal(pool.object(PAGES), expected)
+
+    assert arrives(waits=True)
+    assert not all(arrives(waits=False) for _ in range(STREAMS)), "without it pages are cleared"
 
 
-def test_what_is_not_pinned_goes_through_a_small_buffer(on_gpu, slab, device, monkeypatch, caplog):
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lmcache"), "propagate", True)
+    caplog.set_level("WARNING", "lmcache")
+    return caplog
+
+
+def test_what_is_not_pinned_goes_through_a_small_buffer(
+    on_gpu, slab, device, monkeypatch, warnings
+):
     from lmcache.core.kernels.cuda import CudaPages, _Registrar
 
     def full(self, address, size):
@@ -149,10 +168,9 @@ def test_what_is_not_pinned_goes_through_a_small_buffer(on_gpu, slab, device, mo
 
     monkeypatch.setattr(_Registrar, "register", full)
     pool = on_gpu(POOLS["sglang-bfloat16-8-16"]())
-    with caplog.at_level("WARNING", "lmcache"):
-        copies = CudaPages(pool.layout, Planner(pool.layout), slab, device, 2)
-        copies._pins._thread.join(5)
-    assert "cannot be pinned" in caplog.text
+    copies = CudaPages(pool.layout, Planner(pool.layout), slab, device, 2)
+    copies._pins._thread.join(5)
+    assert "cannot be pinned" in warnings.text
     expected = pool.object(PAGES)
     spans = [Span(12345, len(PAGES), 0, PAGES)]
     for path in PATHS:
@@ -179,18 +197,17 @@ def test_the_slab_is_pinned_and_let_go(slab, device):
         assert ends.tolist() == [slab.size]
     assert driver.device_address(slab.address) == slab.address
     pins.close()
-    with pytest.raises(DeviceError):
-        driver.device_address(slab.address)
+    driver.register(slab.address, slab.size)  # which nobody may who finds it pinned
+    driver.unregister(slab.address)
 
 
-def test_a_slab_is_pinned_once_for_all_who_copy(on_gpu, slab, pages_on, caplog):
+def test_a_slab_is_pinned_once_for_all_who_copy(on_gpu, slab, pages_on, warnings):
     layout = on_gpu(POOLS["sglang-bfloat16-8-16"]()).layout
-    with caplog.at_level("WARNING", "lmcache"):
-        one, other = pages_on(layout, "direct"), pages_on(layout, "kernel")
+    one, other = pages_on(layout, "direct"), pages_on(layout, "kernel")
     one.close()
     with other._pins.held() as ends:
         assert ends.tolist() == [slab.size]
-    assert not caplog.records
+    assert not warnings.records
 
 
 def test_memory_is_touched_next_to_the_device(on_gpu, pages_on, monkeypatch):

@@ -249,3 +249,41 @@ def test_no_driver(monkeypatch):
     monkeypatch.setattr(driver.ctypes, "CDLL", missing)
     with pytest.raises(DeviceError, match=r"no CUDA driver: libcuda.so.1"):
         Driver()
+
+
+class TestMemoryElsewhere:
+    """As on WSL 2, where a device sees pinned memory at an address of its own."""
+
+    class Driver:
+        def __init__(self, moved):
+            self.moved, self.calls = moved, []
+
+        def bind(self, device):
+            pass
+
+        def bus_id(self, device):
+            return "0000:00:00.0"
+
+        def register(self, address, size):
+            self.calls.append(("register", address, size))
+
+        def unregister(self, address):
+            self.calls.append(("unregister", address))
+
+        def device_address(self, address):
+            return address + self.moved
+
+    def test_it_is_not_pinned(self):
+        from lmcache.core.kernels.cuda import _Registrar
+
+        driver = self.Driver(moved=4096)
+        with pytest.raises(DeviceError, match="at another address"):
+            _Registrar(driver, 0).register(0x10000, 64)
+        assert driver.calls == [("register", 0x10000, 64), ("unregister", 0x10000)]
+
+    def test_but_what_is_where_it_was_is(self):
+        from lmcache.core.kernels.cuda import _Registrar
+
+        driver = self.Driver(moved=0)
+        _Registrar(driver, 0).register(0x10000, 64)
+        assert driver.calls == [("register", 0x10000, 64)]
