@@ -186,11 +186,12 @@ class Stores:
 
     def _expire(self) -> None:
         too_old = time.monotonic() - LOST_S
-        self._drop(
-            lambda copy: (
-                copy.since <= too_old and not (copy.is_under_way or copy.request in self._kept)
-            )
-        )
+
+        def is_lost(copy: Copy) -> bool:
+            is_awaited = copy.is_under_way or copy.request in self._kept
+            return copy.since <= too_old and not is_awaited
+
+        self._drop(is_lost)
         with self._lock:
             self._timer = None
             if self._copies:

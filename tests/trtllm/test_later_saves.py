@@ -94,13 +94,6 @@ def is_tidy(engine):
     return not engine.leader._scheduler._storing._requests and not copies(engine)
 
 
-def until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def look_up(engine, tokens):
     """What of a prompt is stored, and true."""
     engine.plug.settle()
